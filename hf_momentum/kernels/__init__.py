@@ -1,0 +1,5 @@
+"""Multi-tensor functions on lists of pieces."""
+
+from hf_momentum.kernels.sums import alignment_sums, sum_dtype
+
+__all__ = ["alignment_sums", "sum_dtype"]

@@ -1,0 +1,81 @@
+"""Validation of hyperparameters: every message names the argument, the value, and what is accepted."""
+
+import math
+from numbers import Real
+from typing import Any
+
+
+def check_real(
+    owner: str,
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    high_open: bool = False,
+    hint: str = "",
+) -> None:
+    """Raise unless `value` is a finite real number in `[low, high]`, or in `[low, high)` with `high_open`.
+
+    Raises:
+        TypeError: `value` is not a real number (booleans and tensors are not).
+        ValueError: `value` lies outside the range or is not finite.
+
+    Example:
+        >>> check_real("TAM", "gamma", 1.0, 0, 1, high_open=True, hint="0.9 is usual")
+        Traceback (most recent call last):
+        ...
+        ValueError: TAM: gamma must be a number in [0, 1), got 1.0; 0.9 is usual
+    """
+    right = ")" if high_open or math.isinf(high) else "]"
+    upper = "inf" if math.isinf(high) else f"{high:g}"
+    accepted = f"{owner}: {name} must be a number in [{low:g}, {upper}{right}, got {value!r}"
+    message = f"{accepted}; {hint}" if hint else accepted
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(message)
+    number = float(value)
+    if not math.isfinite(number) or number < low or number > high or (high_open and number == high):
+        raise ValueError(message)
+
+
+def check_betas(owner: str, value: Any, names: tuple[str, str] = ("betas[0]", "betas[1]")) -> None:
+    """Raise unless `value` is a pair of numbers in `[0, 1)`.
+
+    Example:
+        >>> check_betas("AdaTAM", (0.9, 0.999))
+        >>> check_betas("AdaTAM", 0.9)
+        Traceback (most recent call last):
+        ...
+        TypeError: AdaTAM: betas must be a pair of numbers in [0, 1), got 0.9
+    """
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{owner}: betas must be a pair of numbers in [0, 1), got {value!r}")
+    for name, beta in zip(names, value, strict=True):
+        check_real(owner, name, beta, 0, 1, high_open=True)
+
+
+def check_bool(owner: str, name: str, value: Any) -> None:
+    """Raise unless `value` is True or False: a string such as "False" would silently count as true.
+
+    Example:
+        >>> check_bool("TAM", "maximize", "False")
+        Traceback (most recent call last):
+        ...
+        TypeError: TAM: maximize must be True or False, got 'False'
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} must be True or False, got {value!r}")
+
+
+def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of `choices`.
+
+    Example:
+        >>> check_choice("TAM", "granularity", "layer", ("global", "tensor"))
+        Traceback (most recent call last):
+        ...
+        ValueError: TAM: granularity must be one of 'global', 'tensor', got 'layer'
+    """
+    if value not in choices:
+        accepted = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{owner}: {name} must be one of {accepted}, got {value!r}")
