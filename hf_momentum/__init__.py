@@ -1,1 +1,48 @@
-"""hf-momentum."""
+"""hf-momentum: momentum and gradient methods for fine-tuning with Hugging Face Transformers.
+
+Importing this package makes `--optim tam` (and every other registered name) known to transformers' Trainer, now
+or as soon as transformers is imported.
+
+Example:
+    >>> import torch, hf_momentum
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = hf_momentum.create_optimizer("tam", model, lr=0.1)
+    >>> type(optimizer).__name__
+    'TAM'
+"""
+
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+from hf_momentum.errors import InputError
+from hf_momentum.integrations import OPTIMIZERS, create_optimizer, optimizer_cls_and_kwargs
+from hf_momentum.integrations.transformers_hook import install as _install
+from hf_momentum.optim import TAM, AdaTAM, AdaTAMW
+
+if TYPE_CHECKING:
+    from hf_momentum.training import MomentumTrainer, MomentumTrainingArguments
+
+__version__ = _version("hf-momentum")
+
+__all__ = [
+    "OPTIMIZERS",
+    "TAM",
+    "AdaTAM",
+    "AdaTAMW",
+    "InputError",
+    "MomentumTrainer",
+    "MomentumTrainingArguments",
+    "create_optimizer",
+    "optimizer_cls_and_kwargs",
+]
+
+_install()
+
+
+def __getattr__(name: str) -> Any:
+    # These need transformers, which `import hf_momentum` must not load.
+    if name in ("MomentumTrainer", "MomentumTrainingArguments"):
+        import hf_momentum.training
+
+        return getattr(hf_momentum.training, name)
+    raise AttributeError(f"module 'hf_momentum' has no attribute {name!r}")

@@ -1,0 +1,148 @@
+"""The one registry of optimizer names: what `--optim`, `create_optimizer` and the command line offer."""
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, get_type_hints
+
+import torch
+
+from hf_momentum.errors import InputError
+from hf_momentum.optim import TAM, AdaTAM, AdaTAMW
+
+# Set by the learning-rate and weight-decay arguments that every caller has, so not offered a second time.
+_SET_ELSEWHERE = ("self", "params", "lr", "weight_decay")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One hyperparameter of an optimizer: its name, its type as annotated, and its default."""
+
+    name: str
+    type: Any
+    default: Any
+
+    def __str__(self) -> str:
+        kind = self.type.__name__ if isinstance(self.type, type) else str(self.type).replace("typing.", "")
+        return f"{self.name}: {kind} = {self.default!r}"
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """An optimizer under its `--optim` name.
+
+    Attributes:
+        name: what users type.
+        cls: the optimizer class.
+        summary: one line for lists.
+        source: where the method comes from.
+        adam_arguments: whether `--adam_beta1`, `--adam_beta2` and `--adam_epsilon` mean its `betas` and `eps`.
+
+    Example:
+        >>> OPTIMIZERS["tam"].cls.__name__
+        'TAM'
+        >>> print(OPTIMIZERS["tam"].arguments["gamma"])
+        gamma: float = 0.9
+    """
+
+    name: str
+    cls: type[torch.optim.Optimizer]
+    summary: str
+    source: str
+    adam_arguments: bool
+
+    @property
+    def arguments(self) -> dict[str, Argument]:
+        """The hyperparameters beside lr and weight_decay, read off the constructor."""
+        hints = get_type_hints(self.cls.__init__)
+        parameters = inspect.signature(self.cls.__init__).parameters
+        names = [name for name in parameters if name not in _SET_ELSEWHERE]
+        return {name: Argument(name, hints[name], parameters[name].default) for name in names}
+
+    def check(self, kwargs: Mapping[str, Any]) -> None:
+        """Raise `InputError` unless the optimizer can be built with `kwargs`.
+
+        Example:
+            >>> OPTIMIZERS["tam"].check({"gamma": 1.5})
+            Traceback (most recent call last):
+            ...
+            hf_momentum.errors.InputError: TAM: gamma must be a number in [0, 1), got 1.5; the paper's code uses 0.9
+        """
+        unknown = sorted(set(kwargs) - set(self.arguments) - {"lr", "weight_decay"})
+        if unknown:
+            raise InputError(
+                f"{self.name} has no argument {unknown[0]!r}{nearest(unknown[0], self.arguments)}. "
+                f"Accepted: {self.accepted()}"
+            )
+        try:
+            self.cls([torch.zeros(1, requires_grad=True)], **kwargs)
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from error
+
+    def accepted(self) -> str:
+        """All arguments with type and default, in one line."""
+        return "; ".join(str(argument) for argument in self.arguments.values())
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """` (did you mean ...?)` for the candidates that resemble `name`, or nothing.
+
+    Example:
+        >>> nearest("adatmw", ["tam", "adatamw", "adatam"])
+        " (did you mean 'adatamw' or 'adatam'?)"
+    """
+    close = difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.5)
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+
+
+def _registry(*specs: OptimizerSpec) -> Mapping[str, OptimizerSpec]:
+    table: dict[str, OptimizerSpec] = {}
+    for spec in specs:
+        if spec.name in table:
+            raise ValueError(f"two optimizers are registered under the name {spec.name!r}")
+        table[spec.name] = spec
+    return MappingProxyType(table)
+
+
+OPTIMIZERS: Mapping[str, OptimizerSpec] = _registry(
+    OptimizerSpec(
+        name="tam",
+        cls=TAM,
+        summary="Heavy ball whose gradients are damped by their angle to the momentum (torque-aware momentum).",
+        source="arXiv 2412.18790",
+        adam_arguments=False,
+    ),
+    OptimizerSpec(
+        name="adatam",
+        cls=AdaTAM,
+        summary="Torque-aware momentum with Adam's second moment.",
+        source="arXiv 2412.18790",
+        adam_arguments=True,
+    ),
+    OptimizerSpec(
+        name="adatamw",
+        cls=AdaTAMW,
+        summary="AdaTAM with decoupled weight decay, as AdamW is to Adam.",
+        source="arXiv 2412.18790",
+        adam_arguments=True,
+    ),
+)
+
+
+def get_spec(name: str) -> OptimizerSpec:
+    """The optimizer registered under `name`.
+
+    Raises:
+        InputError: there is none; the message gives the nearest names and all of them.
+
+    Example:
+        >>> get_spec("tamm")
+        Traceback (most recent call last):
+        ...
+        hf_momentum.errors.InputError: unknown optimizer 'tamm' (did you mean 'tam' ...?). Known: tam, adatam, adatamw
+    """
+    if name not in OPTIMIZERS:
+        raise InputError(f"unknown optimizer {name!r}{nearest(name, OPTIMIZERS)}. Known: {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[name]
