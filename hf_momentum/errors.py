@@ -12,3 +12,14 @@ class InputError(ValueError):
         ...
         hf_momentum.errors.InputError: lora_r must be at least 1, got 0
     """
+
+
+class TrainingStopped(RuntimeError):
+    """A run that had to stop, such as for a non-finite loss; the message says where and what to do.
+
+    Example:
+        >>> raise TrainingStopped("loss is nan at step 3")
+        Traceback (most recent call last):
+        ...
+        hf_momentum.errors.TrainingStopped: loss is nan at step 3
+    """

@@ -1,6 +1,10 @@
 """Fixtures shared by all tests; nothing here reaches a network."""
 
+import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,3 +16,57 @@ import torch
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+# Few and related sentences: the gradients of successive batches then correlate, and a cosine has something to see.
+PROSE = [
+    f"The {adjective} river runs {way} to the sea. " * 3 for adjective in ("long", "old") for way in ("down", "on")
+]
+CODE = [f"def {name}(x):\n    return x {op} {n}\n" * 3 for n, (name, op) in enumerate([("add", "+"), ("mul", "*")] * 4)]
+
+
+def write_rows(path: Path, rows: Sequence[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A recipe so small that a run takes about a second, and its files."""
+
+    folder: Path
+
+    def words(self, output: str | Path, **fields: object) -> list[str]:
+        """The command line of the tiny run with `fields` on top; a value of None drops a field."""
+        base = {
+            "scratch_dataset": self.folder / "prose.jsonl",
+            "scratch_hidden_size": 32,
+            "scratch_layers": 2,
+            "scratch_steps": 3,
+            "scratch_batch_size": 4,
+            "cache_dir": self.folder / "cache",
+            "train_dataset": self.folder / "code.jsonl",
+            "in_distribution": f"code={self.folder / 'code.jsonl'}",
+            "must_not_forget": f"prose={self.folder / 'prose.jsonl'}",
+            "block_size": 32,
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 0.05,
+            "optim": "tam",
+            "logging_steps": 1,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "output_dir": output,
+        }
+        merged = {key: value for key, value in {**base, **fields}.items() if value is not None}
+        return [f"--{key}={value}" for key, value in merged.items()]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Tiny:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_rows(folder / "prose.jsonl", [{"text": text} for text in PROSE])
+    write_rows(folder / "code.jsonl", [{"text": text} for text in CODE])
+    return Tiny(folder)

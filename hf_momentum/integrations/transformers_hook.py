@@ -148,12 +148,12 @@ def require_supported_backend() -> None:
     Raises:
         InputError: Accelerate runs DeepSpeed, FSDP, Megatron-LM or XLA.
     """
-    from accelerate.state import AcceleratorState, is_initialized
-    from accelerate.utils import DistributedType
+    from accelerate import DistributedType, PartialState
 
     pieces = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM, DistributedType.XLA}
-    if is_initialized() and AcceleratorState().distributed_type in pieces:
+    backend = PartialState().distributed_type
+    if backend in pieces:
         raise InputError(
-            f"distributed backend {AcceleratorState().distributed_type.value}: the optimizer would see pieces of "
+            f"distributed backend {backend.value}: the optimizer would see pieces of "
             f"tensors and its cosines would be silently wrong. Supported now: {SUPPORTED}."
         )

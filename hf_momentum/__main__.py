@@ -1,0 +1,5 @@
+"""`python -m hf_momentum`."""
+
+from hf_momentum.cli import console
+
+console()

@@ -1,0 +1,18 @@
+"""Recipes, Trainer subclasses, callbacks and the main job."""
+
+from hf_momentum.training.arguments import DataArguments, ModelArguments, MomentumTrainingArguments, PeftArguments
+from hf_momentum.training.callbacks import DynamicsCallback, FiniteCheckpointCallback
+from hf_momentum.training.recipe import Recipe, load_recipe
+from hf_momentum.training.trainer import MomentumTrainer
+
+__all__ = [
+    "DataArguments",
+    "DynamicsCallback",
+    "FiniteCheckpointCallback",
+    "ModelArguments",
+    "MomentumTrainer",
+    "MomentumTrainingArguments",
+    "PeftArguments",
+    "Recipe",
+    "load_recipe",
+]

@@ -1,0 +1,140 @@
+"""The fields of a recipe: model, data, PEFT, and all of transformers' TrainingArguments."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import TrainingArguments
+
+from hf_momentum.integrations import OPTIMIZERS
+
+
+@dataclass
+class ModelArguments:
+    """Which model is fine-tuned.
+
+    Example:
+        >>> ModelArguments().model_name_or_path
+        'scratch'
+    """
+
+    task: Literal["causal_lm", "sequence_classification"] = field(
+        default="causal_lm", metadata={"help": "What the model is trained to do."}
+    )
+    model_name_or_path: str = field(
+        default="scratch",
+        metadata={
+            "help": "A Hub model, a local folder, or 'scratch': a small Llama over bytes that is trained on "
+            "scratch_dataset first, once, and cached. 'scratch' needs no network."
+        },
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
+    model_dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32", metadata={"help": "Dtype of the weights; mixed precision is bf16/fp16 of the trainer."}
+    )
+    scratch_dataset: str = field(default="stdlib:prose@train", metadata={"help": "Text that 'scratch' is trained on."})
+    scratch_hidden_size: int = field(default=192, metadata={"help": "Width of 'scratch'; heads are 32 wide."})
+    scratch_layers: int = field(default=4, metadata={"help": "Number of blocks of 'scratch'."})
+    scratch_steps: int = field(default=300, metadata={"help": "Optimizer steps (AdamW) of 'scratch'."})
+    scratch_batch_size: int = field(default=16, metadata={"help": "Blocks per step of 'scratch', over all processes."})
+    scratch_learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of 'scratch'."})
+    cache_dir: str = field(
+        default="~/.cache/hf-momentum", metadata={"help": "Where trained 'scratch' models are kept."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which text it is trained on, and every split it is measured on.
+
+    A dataset is written SOURCE@SPLIT. SOURCE is `stdlib:prose` or `stdlib:code` (text that comes with Python), a
+    .jsonl, .json, .csv, .tsv, .parquet or .txt file, a folder, or a Hub dataset (`owner/name`, `owner/name:config`).
+    SPLIT is train unless given. An evaluation split is written NAME=SOURCE@SPLIT.
+
+    Example:
+        >>> DataArguments(in_distribution=["code=stdlib:code@test"]).block_size
+        256
+    """
+
+    train_dataset: str = field(default="stdlib:code@train", metadata={"help": "What to fine-tune on: SOURCE@SPLIT."})
+    validation_dataset: str | None = field(
+        default=None, metadata={"help": "What eval_strategy evaluates on during training: SOURCE@SPLIT."}
+    )
+    in_distribution: list[str] = field(
+        default_factory=list, metadata={"help": "Splits like the training data: NAME=SOURCE@SPLIT."}
+    )
+    shifted: list[str] = field(
+        default_factory=list, metadata={"help": "Splits of other distributions: NAME=SOURCE@SPLIT."}
+    )
+    must_not_forget: list[str] = field(
+        default_factory=list, metadata={"help": "Splits of what the model knew before: NAME=SOURCE@SPLIT."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    label_column: str = field(default="label", metadata={"help": "Column that holds the class."})
+    block_size: int = field(default=256, metadata={"help": "Tokens per example; longer texts are cut or wrapped."})
+    max_train_examples: int | None = field(default=None, metadata={"help": "Use only so many, drawn by data_seed."})
+    max_eval_examples: int | None = field(default=None, metadata={"help": "Use only so many of each split."})
+
+
+@dataclass
+class PeftArguments:
+    """Whether to train low-rank adapters (LoRA) or all weights.
+
+    Example:
+        >>> PeftArguments(lora=True).lora_r
+        8
+    """
+
+    lora: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of all weights."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapters; the update is alpha/r B A."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Modules to adapt, by name, or all-linear."}
+    )
+    lora_modules_to_save: list[str] = field(
+        default_factory=list, metadata={"help": "Modules to train in full and save beside the adapters."}
+    )
+
+
+@dataclass
+class MomentumTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments with this package's optimizer names and defaults.
+
+    `optim` takes every registered name even where transformers' own table cannot be extended. A non-finite loss
+    stops the run (`logging_nan_inf_filter` would hide it, so it is off), and processes that were launched on a
+    machine without an accelerator find each other on the CPU instead of silently training apart.
+
+    Example:
+        >>> MomentumTrainingArguments(output_dir="out", optim="tam", use_cpu=True).optim.value
+        'tam'
+    """
+
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Replace non-finite losses in the log; off, because they stop the run."}
+    )
+    log_dynamics: bool = field(
+        default=True, metadata={"help": "Log the optimizer's inner quantities (TAM: cosine, damping) with the loss."}
+    )
+
+    def __post_init__(self) -> None:
+        """Accept registered names without transformers' table, and CPU processes without a flag."""
+        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if launched and not torch.accelerator.is_available():
+            self.use_cpu = True
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is no device to pin for; torch would warn at every loader
+        name = str(self.optim)
+        known = name in OPTIMIZERS and not _known_to_transformers(name)
+        if known:
+            self.optim = "adamw_torch"
+        super().__post_init__()
+        if known:
+            self.optim = name
+
+
+def _known_to_transformers(name: str) -> bool:
+    from transformers.training_args import OptimizerNames
+
+    return name in [member.value for member in OptimizerNames]

@@ -1,0 +1,123 @@
+"""Real text that every machine with Python has: the standard library's prose and its code.
+
+Two kinds of one domain, parted cleanly, make a distribution shift without a download. Prose is the language
+reference in `pydoc_data` and the docstrings; code is the source with the docstrings taken out. A module's prose and
+code fall into the same split, so that nothing a model saw in training stands in its test text in another form.
+"""
+
+import ast
+import hashlib
+import importlib
+import sysconfig
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, get_args
+
+from tqdm.auto import tqdm
+
+from hf_momentum.errors import InputError
+
+Kind = Literal["prose", "code"]
+Split = Literal["train", "validation", "test"]
+
+# Not the library itself: its tests and applications, packages of others, and tables of character codes.
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
+_SKIPPED |= {"encodings", "pydoc_data", "__pycache__"}
+_SHORTEST_DOCSTRING = 120  # shorter ones are labels, not prose
+
+
+def stdlib_texts(kind: str, split: str) -> list[str]:
+    """The documents of one kind and split, in a fixed order for a given Python version.
+
+    Args:
+        kind: "prose" or "code".
+        split: "train" (80 % of the modules), "validation" or "test" (10 % each), by a hash of the module's name.
+
+    Raises:
+        InputError: another kind or split.
+
+    Example:
+        >>> texts = stdlib_texts("prose", "test")
+        >>> len(texts) > 5 and all(isinstance(text, str) for text in texts)
+        True
+    """
+    if kind not in get_args(Kind) or split not in get_args(Split):
+        raise InputError(
+            f"stdlib:{kind}@{split} does not exist; write stdlib:KIND@SPLIT with KIND one of "
+            f"{', '.join(get_args(Kind))} and SPLIT one of {', '.join(get_args(Split))}"
+        )
+    return [text for group, found, text in _documents() if found == kind and split_of(group) == split]
+
+
+def split_of(group: str) -> Split:
+    """The split into which everything of one module falls.
+
+    Example:
+        >>> split_of("argparse") in ("train", "validation", "test")
+        True
+    """
+    tenth = int.from_bytes(hashlib.sha256(group.encode()).digest()[:4], "big") % 10
+    return "test" if tenth == 0 else "validation" if tenth == 1 else "train"
+
+
+@lru_cache(maxsize=1)
+def _documents() -> tuple[tuple[str, Kind, str], ...]:
+    return tuple(_read())
+
+
+def _read() -> Iterator[tuple[str, Kind, str]]:
+    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    for name, text in sorted(topics.items()):
+        yield f"topic {name}", "prose", text
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = [path for path in sorted(library.rglob("*.py")) if not _SKIPPED & set(path.relative_to(library).parts)]
+    for path in tqdm(files, desc="reading the standard library", unit="file", leave=False):
+        try:
+            source = path.read_text(encoding="utf-8")
+            tree = ast.parse(source)
+        except (SyntaxError, UnicodeDecodeError):
+            continue  # a few files of the library are deliberately not valid Python
+        group = path.relative_to(library).parts[0].removesuffix(".py")
+        prose, code = separate(source, tree)
+        if prose:
+            yield group, "prose", prose
+        if code.strip():
+            yield group, "code", code
+
+
+def separate(source: str, tree: ast.Module) -> tuple[str, str]:
+    """A module's longer docstrings, joined, and its source without any docstring.
+
+    Example:
+        >>> source = 'def f():\\n    "Say hello."\\n    return 1\\n'
+        >>> separate(source, ast.parse(source))
+        ('', 'def f():\\n    return 1\\n')
+    """
+    lines = source.splitlines(keepends=True)
+    prose = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        text = ast.get_docstring(node)
+        if text is None:
+            continue
+        if len(text) >= _SHORTEST_DOCSTRING:
+            prose.append(text)
+        statement = node.body[0]
+        for line in range(statement.lineno - 1, statement.end_lineno or statement.lineno):
+            lines[line] = ""
+    return "\n\n".join(prose), "".join(lines)
+
+
+def fingerprint() -> str:
+    """A short hash of all the text, so that a report says which corpus (which Python) it is about.
+
+    Example:
+        >>> len(fingerprint())
+        12
+    """
+    digest = hashlib.sha256()
+    for group, kind, text in _documents():
+        digest.update(f"{group}\0{kind}\0{text}\0".encode())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,259 @@
+"""One run from a recipe to a report: load, evaluate, train, evaluate, write."""
+
+import importlib.metadata
+import platform
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DataCollatorWithPadding, default_data_collator, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_momentum.errors import InputError
+from hf_momentum.evaluation import (
+    Report,
+    SplitResult,
+    causal_lm_statistics,
+    changes,
+    classification_statistics,
+    estimates,
+    metrics_of,
+)
+from hf_momentum.integrations import OPTIMIZERS
+from hf_momentum.training import corpus
+from hf_momentum.training.card import model_card
+from hf_momentum.training.models import load_base, load_model
+from hf_momentum.training.recipe import Recipe
+from hf_momentum.training.sources import Loader, Split
+from hf_momentum.training.trainer import MomentumTrainer
+
+_STATISTICS = {"causal_lm": causal_lm_statistics, "sequence_classification": classification_statistics}
+
+# Keys of a parameter group that a report leaves out: bookkeeping, or listed on their own.
+_NOT_SHOWN = {"params", "param_names", "initial_lr", "weight_decay", "algorithm", "maximize"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind.
+
+    Attributes:
+        report: the results; also in `folder/report.json`.
+        folder: the output folder.
+        is_main: whether this process is the one that wrote it.
+    """
+
+    report: Report
+    folder: Path
+    is_main: bool
+
+
+def train(recipe: Recipe) -> Outcome:
+    """Run a recipe.
+
+    Everything that can be wrong with the input is looked at before the output folder is touched.
+
+    Raises:
+        InputError: data, model or checkpoint cannot be used as given.
+        TrainingStopped: the loss became NaN or infinite.
+
+    Example:
+        >>> from hf_momentum.training import load_recipe
+        >>> recipe = load_recipe("quickstart", ["--max_steps", "2"])  # then: train(recipe)
+    """
+    training = recipe.training
+    checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, str(getattr(training.optim, "value", training.optim)))
+    if not (recipe.data.in_distribution or recipe.data.shifted or recipe.data.must_not_forget):
+        raise InputError("name at least one split to evaluate on: in_distribution, shifted or must_not_forget")
+    training.label_names = ["labels"]
+    set_seed(training.seed)
+
+    base = load_base(recipe.model, recipe.data, training)
+    loader = Loader(recipe.model.task, recipe.data, base.tokenizer, seed=training.data_seed or training.seed)
+    train_split, validation, splits = loader.training(), loader.validation(), loader.evaluation()
+    if validation is None and training.eval_strategy != "no":
+        raise InputError("eval_strategy needs a validation_dataset")
+    set_seed(training.seed)
+    model = load_model(base, recipe.model, recipe.peft, loader.classes)
+
+    statistics = _STATISTICS[recipe.model.task]
+    language = recipe.model.task == "causal_lm"
+    trainer = MomentumTrainer(
+        model,
+        training,
+        train_dataset=train_split.examples,
+        eval_dataset=validation.examples if validation else None,
+        data_collator=default_data_collator if language else DataCollatorWithPadding(base.tokenizer),
+        processing_class=base.tokenizer,
+        preprocess_logits_for_metrics=lambda logits, labels: statistics(
+            logits[0] if isinstance(logits, tuple) else logits, labels
+        ),
+    )
+    started = time.perf_counter()
+    before = [_measure(trainer, split, "before") for split in splits]
+    trainer.train(resume_from_checkpoint=checkpoint)
+    after = [_measure(trainer, split, "after") for split in splits]
+    seconds = time.perf_counter() - started
+
+    trainer.save_model()
+    results = [_result(recipe, *each) for each in zip(splits, before, after, strict=True)]
+    unit = "example" if not language else "byte" if base.from_scratch else "token"
+    report = Report(
+        title=_title(recipe),
+        unit=unit,
+        splits=results,
+        history=trainer.state.log_history,
+        facts=_facts(recipe, trainer, train_split, seconds),
+        recipe=recipe.to_yaml(),
+        command=_command(recipe),
+    )
+    folder = Path(training.output_dir)
+    if trainer.is_world_process_zero():
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        report.write(folder)
+        base_model = None if base.from_scratch else recipe.model.model_name_or_path
+        pictures = [str(path.relative_to(folder)) for path in sorted((folder / "plots").glob("*.png"))]
+        card = model_card(report, base_model, recipe.peft.lora, _optimizer(recipe), pictures)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    if training.push_to_hub:
+        trainer.push_to_hub(commit_message="hf-momentum: end of training")
+    return Outcome(report, folder, trainer.is_world_process_zero())
+
+
+def find_checkpoint(wanted: str | None, output_dir: str | None) -> str | None:
+    """The folder that `--resume_from_checkpoint` means: a path, or with "true" the last one in the output folder.
+
+    Raises:
+        InputError: there is none.
+
+    Example:
+        >>> find_checkpoint(None, "out") is None
+        True
+    """
+    if wanted is None or wanted.lower() == "false":
+        return None
+    if wanted.lower() == "true":
+        found = get_last_checkpoint(output_dir) if output_dir and Path(output_dir).is_dir() else None
+        if found is None:
+            raise InputError(f"resume_from_checkpoint: no checkpoint in {output_dir}")
+        return found
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise InputError(f"resume_from_checkpoint: {wanted} is not a checkpoint folder (no trainer_state.json)")
+    return wanted
+
+
+def check_checkpoint(checkpoint: str, optimizer: str) -> None:
+    """Refuse to resume from a checkpoint that another optimizer saved, before anything is loaded or written.
+
+    Raises:
+        InputError: the checkpoint's optimizer is another one, or it holds no optimizer state.
+    """
+    path = Path(checkpoint) / "optimizer.pt"
+    if not path.is_file():
+        raise InputError(f"{checkpoint} holds no optimizer.pt, so training cannot continue from it exactly")
+    groups = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["param_groups"]
+    saved = {group.get("algorithm") for group in groups}
+    wanted = {OPTIMIZERS[optimizer].cls.__name__ if optimizer in OPTIMIZERS else None}
+    if saved != wanted:
+        name = " and ".join(str(one) for one in saved if one) or "an optimizer of another package"
+        raise InputError(
+            f"{checkpoint} was saved by {name}, not by {optimizer}; resume with the optimizer that saved it, or train "
+            "from the start"
+        )
+
+
+def _measure(trainer: MomentumTrainer, split: Split, when: str) -> np.ndarray:
+    """[examples, 3] statistics, gathered over all processes, in the order of the examples."""
+    output = trainer.predict(split.examples, metric_key_prefix=f"{when}_{split.name}")  # type: ignore[arg-type]
+    return np.asarray(output.predictions, dtype=np.float64)
+
+
+def _result(recipe: Recipe, split: Split, before: np.ndarray, after: np.ndarray) -> SplitResult:
+    metrics = metrics_of(recipe.model.task, split.bytes_per_token)
+    return SplitResult(
+        name=split.name,
+        role=split.role,
+        source=split.source,
+        examples=len(split.examples),
+        before=estimates(before, metrics),
+        after=estimates(after, metrics),
+        change=changes(before, after, metrics),
+    )
+
+
+def _optimizer(recipe: Recipe) -> str:
+    return str(getattr(recipe.training.optim, "value", recipe.training.optim))
+
+
+def _title(recipe: Recipe) -> str:
+    name = _optimizer(recipe)
+    shown = OPTIMIZERS[name].cls.__name__ if name in OPTIMIZERS else name
+    how = "LoRA" if recipe.peft.lora else "full"
+    model = recipe.model.model_name_or_path
+    what = f"a small Llama trained on {recipe.model.scratch_dataset}" if model == "scratch" else Path(model).name
+    return f"{shown}, {how} fine-tuning on {recipe.data.train_dataset} of {what}"
+
+
+def _command(recipe: Recipe) -> str:
+    return f"hf-momentum train --config {recipe.training.output_dir}/recipe.yaml"
+
+
+def _facts(recipe: Recipe, trainer: MomentumTrainer, train_split: Split, seconds: float) -> dict[str, Any]:
+    args, model = recipe.training, trainer.model
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    total = sum(param.numel() for param in model.parameters())
+    group = {
+        key: value
+        for key, value in trainer.optimizer.param_groups[0].items()
+        if key not in _NOT_SHOWN and not isinstance(value, torch.Tensor)
+    }
+    group["lr"] = args.learning_rate
+    per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    device = (
+        torch.cuda.get_device_name()
+        if args.device.type == "cuda"
+        else f"{args.device.type}, {torch.get_num_threads()} threads"
+    )
+    facts = {
+        "optimizer": f"`{_optimizer(recipe)}`: " + ", ".join(f"{key}={value}" for key, value in group.items()),
+        "weight decay": args.weight_decay,
+        "schedule": f"{args.lr_scheduler_type.value}, {trainer.state.global_step} steps",
+        "examples per step": per_step,
+        "training examples": len(train_split.examples),
+        "trained parameters": f"{trained:,} of {total:,}",
+        "seed": args.seed,
+        "processes": args.world_size,
+        "device": device,
+        "time": f"{seconds:.0f} s for training and evaluation",
+        "peak memory": f"{_peak_memory(args.device) / 2**20:.0f} MiB",
+        "versions": ", ".join(
+            f"{name} {importlib.metadata.version(name)}"
+            for name in ("hf-momentum", "torch", "transformers", "accelerate", "peft")
+        )
+        + f", Python {platform.python_version()}",
+    }
+    if recipe.data.train_dataset.startswith("stdlib:"):
+        facts["corpus"] = f"standard library of Python {platform.python_version()}, fingerprint {corpus.fingerprint()}"
+    return facts
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def summary(outcome: Outcome) -> Sequence[str]:
+    """The last lines that a person reads: what was learnt, and where the report lies."""
+    return [
+        *(sentence.replace("**", "") for sentence in outcome.report.sentences()),
+        f"Report: {outcome.folder / 'report.md'} (and report.json, plots/, README.md as model card)",
+    ]

@@ -1,0 +1,239 @@
+"""A recipe: flat YAML over the argument dataclasses, with overrides from the command line.
+
+Every scalar of the file is handed to transformers' own HfArgumentParser as if it had been typed after `--key`, so a
+file and a command line mean the same: `5e-5` is a number and `no` is the word, which plain YAML reads otherwise.
+"""
+
+import dataclasses
+import json
+import re
+from argparse import Action, ArgumentError
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from hf_momentum.errors import InputError
+from hf_momentum.integrations import OPTIMIZERS
+from hf_momentum.integrations.registry import nearest
+from hf_momentum.integrations.transformers_hook import keyword_arguments
+from hf_momentum.training.arguments import DataArguments, ModelArguments, MomentumTrainingArguments, PeftArguments
+
+OFFLINE_RECIPE = "recipes/quickstart.yaml"
+_DATACLASSES = (ModelArguments, DataArguments, PeftArguments, MomentumTrainingArguments)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything one run needs, validated.
+
+    Attributes:
+        name: the file's name without its ending, or "custom".
+        given: the fields that the file and the command line set, as text; what a rerun needs.
+    """
+
+    name: str
+    given: dict[str, Any]
+    model: ModelArguments
+    data: DataArguments
+    peft: PeftArguments
+    training: MomentumTrainingArguments
+
+    def to_yaml(self) -> str:
+        """The recipe as flat YAML, overrides included."""
+        return yaml.dump(self.given, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Writes every word as it was typed: nothing needs quotes where no scalar has a type."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+
+class RecipeParser(HfArgumentParser):
+    """HfArgumentParser whose errors are one line with the nearest accepted word."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise InputError where argparse would print its whole usage and exit."""
+        raise InputError(message)
+
+    def _check_value(self, action: Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            hint = nearest(str(value), choices)
+            listed = (
+                f"; our own: {', '.join(OPTIMIZERS)}" if action.dest == "optim" else f"; accepted: {', '.join(choices)}"
+            )
+            raise ArgumentError(action, f"{value!r} is not accepted{hint}{listed}")
+
+
+def parser() -> RecipeParser:
+    """The parser of all recipe fields; its `format_help` documents each.
+
+    Example:
+        >>> parser().parse_args_into_dataclasses(["--output_dir", "out", "--lora_r", "4", "--use_cpu"])[2].lora_r
+        4
+    """
+    return RecipeParser(_DATACLASSES, prog="hf-momentum train", allow_abbrev=False)
+
+
+def load_recipe(config: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `--key value` overrides.
+
+    Args:
+        config: a path, or the name of a recipe inside the package such as "quickstart"; None for overrides alone.
+        overrides: as typed on the command line.
+
+    Raises:
+        InputError: no such file, not YAML, an unknown or repeated key, a value that does not fit its field, an
+            optimizer argument out of range.
+
+    Example:
+        >>> load_recipe("quickstart").data.must_not_forget
+        ['prose=stdlib:prose@test']
+    """
+    name, words, entries = ("custom", {}, {}) if config is None else _read(config)
+    fields = {field.name: field for cls in _DATACLASSES for field in dataclasses.fields(cls) if field.init}
+    typed: list[str] = []
+    for key, value in entries.items():
+        if key not in fields:
+            raise InputError(f"{config}: unknown key {key!r}{nearest(key, fields)}")
+        typed += _as_typed(config, fields[key], value)
+    typed += list(overrides)
+    try:
+        *arguments, unknown = parser().parse_args_into_dataclasses(
+            typed, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        where = f"{config}: " if config else ""
+        raise InputError(f"{where}{_one_line(error)}") from error
+    if unknown:
+        flag = unknown[0].removeprefix("--").partition("=")[0].replace("-", "_")
+        raise InputError(f"unknown argument {unknown[0]!r}{nearest(flag, fields)}")
+    given = {**words, **_overridden(overrides)}
+    given.pop("resume_from_checkpoint", None)  # how this run came about, not what it is
+    recipe = Recipe(name, given, *arguments)
+    _check(recipe)
+    return recipe
+
+
+def _read(config: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Name of the recipe, its entries as written, and its entries as they are to be typed."""
+    path = find_recipe(config)
+    try:
+        text = path.read_text(encoding="utf-8")
+        words = yaml.load(text, Loader=_Words)
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{config} is not YAML: {_one_line(error)}") from error
+    if not isinstance(words, dict) or not all(isinstance(key, str) for key in words):
+        raise InputError(f"{config} is not a recipe: expected lines of `key: value`, got {type(values).__name__}")
+    # Nested values (such as lr_scheduler_kwargs) keep YAML's types; scalars stay as they are written.
+    entries = {
+        key: values[key] if isinstance(word, dict) or values[key] is None else word for key, word in words.items()
+    }
+    return path.stem, words, entries
+
+
+class _Words(yaml.BaseLoader):
+    """Leaves every scalar as written, and refuses a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.constructor.ConstructorError(None, None, f"{key_node.value!r} is given twice (line {line})")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def find_recipe(config: str) -> Path:
+    """The file that `--config` means: a path, or a recipe shipped with the package, by name.
+
+    Raises:
+        InputError: neither exists; the message lists the shipped names.
+
+    Example:
+        >>> find_recipe("quickstart").name
+        'quickstart.yaml'
+    """
+    if Path(config).is_file():
+        return Path(config)
+    shipped = shipped_folder("recipes")
+    by_name = {str(path.relative_to(shipped).with_suffix("")): path for path in sorted(shipped.rglob("*.yaml"))}
+    wanted = config.removeprefix("recipes/").removesuffix(".yaml")
+    if wanted in by_name:
+        return by_name[wanted]
+    raise InputError(f"no recipe {config!r}{nearest(wanted, by_name)}; shipped: {', '.join(by_name)}")
+
+
+def shipped_folder(name: str) -> Path:
+    """A folder that travels inside the wheel, or stands at the top of a source checkout.
+
+    Example:
+        >>> shipped_folder("recipes").is_dir()
+        True
+    """
+    inside = Path(str(resources.files("hf_momentum"))) / name
+    return inside if inside.is_dir() else inside.parent.parent / name
+
+
+def _as_typed(config: str | None, field: dataclasses.Field[Any], value: Any) -> list[str]:
+    if value is None:
+        if field.default is not None:
+            raise InputError(f"{config}: {field.name} may not be empty; leave the line out for its default")
+        return []
+    if isinstance(value, dict):
+        return [f"--{field.name}", json.dumps(value)]
+    if isinstance(value, list):
+        return [f"--{field.name}", *map(str, value)]
+    return [f"--{field.name}={value}"]
+
+
+def _overridden(overrides: Sequence[str]) -> dict[str, Any]:
+    """The overrides as entries of a recipe, for the record."""
+    entries: dict[str, Any] = {}
+    key = None
+    for word in overrides:
+        if word.startswith("--"):
+            key, separator, value = word.removeprefix("--").partition("=")
+            key = key.replace("-", "_")
+            entries[key] = value if separator else "true"
+        elif key is not None:
+            before = entries[key]
+            entries[key] = word if before == "true" else [*before, word] if isinstance(before, list) else [before, word]
+    return entries
+
+
+def _check(recipe: Recipe) -> None:
+    name = recipe.training.optim
+    if name in OPTIMIZERS:
+        keyword_arguments(OPTIMIZERS[name], recipe.training)
+    at_least_one = {
+        "block_size": recipe.data.block_size,
+        "max_train_examples": recipe.data.max_train_examples,
+        "max_eval_examples": recipe.data.max_eval_examples,
+        "lora_r": recipe.peft.lora_r,
+        "lora_alpha": recipe.peft.lora_alpha,
+        "scratch_layers": recipe.model.scratch_layers,
+        "scratch_steps": recipe.model.scratch_steps,
+        "scratch_batch_size": recipe.model.scratch_batch_size,
+    }
+    for field, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise InputError(f"{field} must be at least 1, got {value}")
+    if recipe.model.scratch_hidden_size < 32 or recipe.model.scratch_hidden_size % 32:
+        raise InputError(f"scratch_hidden_size must be a multiple of 32, got {recipe.model.scratch_hidden_size}")
+    if not 0 <= recipe.peft.lora_dropout < 1:
+        raise InputError(f"lora_dropout must be in [0, 1), got {recipe.peft.lora_dropout}")
+    if recipe.training.learning_rate < 0:
+        raise InputError(f"learning_rate must be at least 0, got {recipe.training.learning_rate}")
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()

@@ -1,0 +1,211 @@
+"""From `SOURCE@SPLIT` to examples that a Trainer takes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub.errors
+import requests
+from transformers import PreTrainedTokenizerBase
+
+from hf_momentum.errors import InputError
+from hf_momentum.training import corpus
+from hf_momentum.training.arguments import DataArguments
+from hf_momentum.training.recipe import OFFLINE_RECIPE
+
+_READERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+
+# What an unreachable or unknown Hub dataset raises, depending on where it fails.
+NETWORK_ERRORS = (
+    huggingface_hub.errors.HfHubHTTPError,
+    huggingface_hub.errors.LocalEntryNotFoundError,
+    huggingface_hub.errors.OfflineModeIsEnabled,
+    huggingface_hub.errors.HFValidationError,
+    requests.exceptions.RequestException,
+    ConnectionError,
+    datasets.exceptions.DatasetNotFoundError,
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from: `stdlib:code`, a file, a folder or a Hub dataset, and which split of it.
+
+    Example:
+        >>> Source.parse("stdlib:code@test")
+        Source(place='stdlib:code', split='test')
+        >>> Source.parse("owner/name:config@validation[:100]")
+        Source(place='owner/name:config', split='validation[:100]')
+    """
+
+    place: str
+    split: str
+
+    @staticmethod
+    def parse(text: str) -> "Source":
+        """Part SOURCE from SPLIT, which is train unless given."""
+        place, separator, split = text.rpartition("@")
+        return Source(place, split) if separator else Source(text, "train")
+
+    def load(self) -> datasets.Dataset:
+        """The rows.
+
+        Raises:
+            InputError: the file does not exist or cannot be read, or the Hub cannot be reached.
+        """
+        if self.place.startswith("stdlib:"):
+            return datasets.Dataset.from_dict(
+                {"text": corpus.stdlib_texts(self.place.removeprefix("stdlib:"), self.split)}
+            )
+        path = Path(self.place).expanduser()
+        if path.suffix in _READERS:
+            if not path.is_file():
+                raise InputError(f"dataset file {self.place} does not exist")
+            options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
+            return self._read(_READERS[path.suffix], data_files={self.split.split("[")[0]: str(path)}, **options)
+        if path.is_dir():
+            return self._read(str(path))
+        name, _, config = self.place.partition(":")
+        return self._read(name, *([config] if config else []))
+
+    def _read(self, *args: str, **kwargs: Any) -> datasets.Dataset:
+        try:
+            return datasets.load_dataset(*args, split=self.split, **kwargs)
+        except NETWORK_ERRORS as error:
+            raise InputError(
+                f"dataset {self.place!r} is neither a file here nor reachable on the Hub ({type(error).__name__}). "
+                f"Without a network, {OFFLINE_RECIPE} runs on text that comes with Python"
+            ) from error
+        except (ValueError, datasets.exceptions.DatasetGenerationError, FileNotFoundError) as error:
+            cause = error.__cause__ or error
+            raise InputError(f"dataset {self.place!r} cannot be read: {' '.join(str(cause).split())}") from error
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples ready for a model, and what they stand for.
+
+    Attributes:
+        name: how reports call it.
+        role: "training", "validation", "in distribution", "shifted" or "must not forget".
+        source: as written in the recipe.
+        examples: rows with `input_ids` and `labels`.
+        bytes_per_token: UTF-8 bytes per token of the text, for figures that do not depend on the tokenizer.
+    """
+
+    name: str
+    role: str
+    source: str
+    examples: datasets.Dataset
+    bytes_per_token: float
+
+
+class Loader:
+    """Loads splits for one task, with one tokenizer.
+
+    Args:
+        task: "causal_lm" or "sequence_classification".
+        data: the recipe's data fields.
+        tokenizer: any fast tokenizer.
+        seed: which examples are kept where their number is limited.
+    """
+
+    def __init__(self, task: str, data: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+        self.task, self.data, self.tokenizer, self.seed = task, data, tokenizer, seed
+        self.classes: list[Any] = []
+
+    def training(self) -> Split:
+        """The training split; for classification it also fixes the set of classes."""
+        rows = self._rows(self.data.train_dataset)
+        if self.task == "sequence_classification":
+            self.classes = sorted(set(rows[self.data.label_column]))
+            if len(self.classes) < 2:
+                raise InputError(f"{self.data.train_dataset}: column {self.data.label_column!r} holds a single class")
+        return self._split("train", "training", self.data.train_dataset, rows, self.data.max_train_examples)
+
+    def validation(self) -> Split | None:
+        """The validation split, if the recipe names one."""
+        source = self.data.validation_dataset
+        if source is None:
+            return None
+        return self._split("validation", "validation", source, self._rows(source), self.data.max_eval_examples)
+
+    def evaluation(self) -> list[Split]:
+        """All named splits, in the recipe's order."""
+        roles = {
+            "in distribution": self.data.in_distribution,
+            "shifted": self.data.shifted,
+            "must not forget": self.data.must_not_forget,
+        }
+        splits = []
+        for role, entries in roles.items():
+            for entry in entries:
+                name, separator, source = entry.partition("=")
+                if not separator or not name or not source:
+                    raise InputError(f"{entry!r} does not name a split; write NAME=SOURCE@SPLIT")
+                if name in [split.name for split in splits]:
+                    raise InputError(f"two splits are called {name!r}")
+                rows = self._rows(source)
+                splits.append(self._split(name, role, source, rows, self.data.max_eval_examples))
+        return splits
+
+    def _rows(self, source: str) -> datasets.Dataset:
+        rows = Source.parse(source).load()
+        wanted = [self.data.text_column]
+        if self.task == "sequence_classification":
+            wanted.append(self.data.label_column)
+        for column in wanted:
+            if column not in rows.column_names:
+                raise InputError(
+                    f"dataset {source!r} has no column {column!r}; it has {', '.join(rows.column_names) or 'none'}. "
+                    "Set text_column or label_column"
+                )
+        if len(rows) == 0:
+            raise InputError(f"dataset {source!r} is empty")
+        return rows
+
+    def _split(self, name: str, role: str, source: str, rows: datasets.Dataset, most: int | None) -> Split:
+        texts = [str(text) for text in rows[self.data.text_column]]
+        if self.task == "causal_lm":
+            examples = self._blocks(texts, source)
+        else:
+            examples = self._classified(texts, rows[self.data.label_column], source)
+        if most is not None and most < len(examples):
+            examples = examples.shuffle(seed=self.seed).select(range(most))
+        return Split(name, role, source, examples, self._bytes_per_token(texts))
+
+    def _bytes_per_token(self, texts: list[str]) -> float:
+        sample = texts[:200]
+        tokens = sum(len(ids) for ids in self.tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
+        return sum(len(text.encode()) for text in sample) / max(tokens, 1)
+
+    def _blocks(self, texts: list[str], source: str) -> datasets.Dataset:
+        """Documents end to end, parted by the end token, cut into blocks of equal length."""
+        size, end = self.data.block_size, self.tokenizer.eos_token_id
+        stream: list[int] = []
+        for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+            stream += ids
+            if end is not None:
+                stream.append(end)
+        blocks = [stream[start : start + size] for start in range(0, len(stream) - size + 1, size)]
+        if not blocks:
+            raise InputError(
+                f"dataset {source!r} holds {len(stream)} tokens, less than one block of {size}; lower block_size"
+            )
+        return datasets.Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+
+    def _classified(self, texts: list[str], labels: list[Any], source: str) -> datasets.Dataset:
+        unknown = sorted(set(labels) - set(self.classes), key=str)
+        if unknown:
+            raise InputError(f"dataset {source!r} has a class that the training data lacks: {unknown[0]!r}")
+        index = {label: position for position, label in enumerate(self.classes)}
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.data.block_size)
+        return datasets.Dataset.from_dict({**encoded, "labels": [index[label] for label in labels]})

@@ -1,0 +1,62 @@
+"""`MomentumTrainer`: a Trainer that knows our optimizers by the public road and stops at a non-finite loss."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_momentum.errors import TrainingStopped
+from hf_momentum.integrations import OPTIMIZERS
+from hf_momentum.integrations.transformers_hook import from_training_arguments
+from hf_momentum.training.arguments import MomentumTrainingArguments
+from hf_momentum.training.callbacks import DynamicsCallback, FiniteCheckpointCallback
+
+
+class MomentumTrainer(Trainer):
+    """transformers' Trainer with three additions.
+
+    Registered optimizer names work without touching transformers' private tables; the optimizer's inner quantities
+    are logged with the loss; a non-finite loss stops the run at once, before the weights move, and weights that are
+    not finite are never saved.
+
+    Args: those of `transformers.Trainer`.
+
+    Example:
+        >>> import torch
+        >>> args = MomentumTrainingArguments(output_dir="out", optim="tam", optim_args="gamma=0.95", use_cpu=True)
+        >>> cls, kwargs = MomentumTrainer.get_optimizer_cls_and_kwargs(args)
+        >>> cls.__name__, kwargs["gamma"]
+        ('TAM', 0.95)
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(FiniteCheckpointCallback())
+        if not isinstance(self.args, MomentumTrainingArguments) or self.args.log_dynamics:
+            DynamicsCallback().attach(self)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        """Class and arguments for `args.optim`, ours or one of transformers' own."""
+        if args.optim in OPTIMIZERS:
+            return from_training_arguments(args)
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of one micro-batch.
+
+        Raises:
+            TrainingStopped: the loss is NaN or infinite.
+        """
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        value = loss.item()
+        if not math.isfinite(value):
+            kept = get_last_checkpoint(self.args.output_dir)
+            raise TrainingStopped(
+                f"loss is {value} at step {self.state.global_step + 1}; the step was not taken. "
+                f"Last good checkpoint: {kept or 'none'}. Lower learning_rate, set max_grad_norm, or look at that batch"
+            )
+        return loss
