@@ -69,6 +69,8 @@ class Source:
         if path.suffix in _READERS:
             if not path.is_file():
                 raise InputError(f"dataset file {self.place} does not exist")
+            if path.stat().st_size == 0:
+                raise InputError(f"dataset {self.place!r} is empty")
             options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
             return self._read(_READERS[path.suffix], data_files={self.split.split("[")[0]: str(path)}, **options)
         if path.is_dir():
@@ -86,6 +88,8 @@ class Source:
             ) from error
         except (ValueError, datasets.exceptions.DatasetGenerationError, FileNotFoundError) as error:
             cause = error.__cause__ or error
+            if "corresponds to no data" in str(error):  # how datasets says that a split has no row
+                raise InputError(f"dataset {self.place!r} is empty") from error
             raise InputError(f"dataset {self.place!r} cannot be read: {' '.join(str(cause).split())}") from error
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -16,11 +17,11 @@ from hf_momentum.training.callbacks import DynamicsCallback, FiniteCheckpointCal
 
 
 class MomentumTrainer(Trainer):
-    """transformers' Trainer with three additions.
+    """transformers' Trainer with four additions.
 
     Registered optimizer names work without touching transformers' private tables; the optimizer's inner quantities
     are logged with the loss; a non-finite loss stops the run at once, before the weights move, and weights that are
-    not finite are never saved.
+    not finite are never saved; and evaluating before training leaves the processes synchronised.
 
     Args: those of `transformers.Trainer`.
 
@@ -45,12 +46,28 @@ class MomentumTrainer(Trainer):
             return from_training_arguments(args)
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, also after an evaluation.
+
+        Evaluating a fresh Trainer marks the model as prepared without wrapping it for DDP (transformers 5.23 with
+        accelerate 1.15). Training would then find it prepared, leave it unwrapped, and every process would train
+        on its own gradients, silently. The mark is taken off first.
+        """
+        unwrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        vars(unwrapped).pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one micro-batch.
 
         Raises:
-            TrainingStopped: the loss is NaN or infinite.
+            TrainingStopped: the loss is NaN or infinite, or several processes train without synchronisation.
         """
+        if self.args.world_size > 1 and not isinstance(model, DistributedDataParallel):
+            raise TrainingStopped(
+                f"{self.args.world_size} processes were launched, but the model is not wrapped for them "
+                f"({type(model).__name__}): each would train apart. Start the run anew from a fresh Trainer"
+            )
         loss = super().training_step(model, inputs, *args, **kwargs)
         value = loss.item()
         if not math.isfinite(value):

@@ -1,0 +1,152 @@
+"""Two processes under `accelerate launch` are one run: the single process's trajectory, and exact resumption."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_momentum.training import job, load_recipe
+from tests.test_training import final_weights
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "accelerate_configs" / "ddp.yaml"
+CASES = [(name, lora) for name in ("tam", "adatam", "adatamw") for lora in (False, True)]
+STEPS, HALF = 20, 10
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(*words: object, timeout: int = 240) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIG]
+    command += ["--main_process_port", free_port(), *words]
+    return subprocess.run(
+        list(map(str, command)), env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def launch_plan(folder: Path, plan: list) -> list[dict]:
+    folder.mkdir()
+    (folder / "plan.json").write_text(json.dumps(plan))
+    result = launch(ROOT / "tests" / "distributed_job.py", folder / "plan.json")
+    assert (folder / "facts.json").is_file(), result.stderr[-3000:]
+    return json.loads((folder / "facts.json").read_text())
+
+
+def label(name: str, lora: bool) -> str:
+    return f"{name}-{'lora' if lora else 'full'}"
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    """Each case on one process, on two, and on two resumed from the half; at equal global batch."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def words(kind: str, case, **fields):
+        name, lora = case
+        common = {"optim": name, "lora": lora, "learning_rate": 0.05 if name == "tam" else 1e-4, "weight_decay": 0.1}
+        # 16 examples: batches of 4 fill every epoch. A last, smaller batch would be topped up by Accelerate.
+        common |= {
+            "max_train_examples": 16,
+            "max_steps": STEPS,
+            "save_strategy": "steps",
+            "save_steps": HALF,
+            "max_grad_norm": 1.0,
+        }
+        return tiny.words(folder / kind / label(*case), **{**common, **fields})
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for case in CASES:
+        job.train(load_recipe(None, words("one", case, per_device_train_batch_size=4)))
+    torch.set_num_threads(threads)
+    # use_cpu is left out: the launched processes must find the CPU by themselves.
+    two = {"per_device_train_batch_size": 2, "use_cpu": None}
+    straight = launch_plan(folder / "plan-two", [(label(*case), words("two", case, **two)) for case in CASES])
+    resumed = launch_plan(
+        folder / "plan-resumed",
+        [
+            (
+                label(*case),
+                words(
+                    "resumed",
+                    case,
+                    resume_from_checkpoint=folder / "two" / label(*case) / f"checkpoint-{HALF}",
+                    **two,
+                ),
+            )
+            for case in CASES
+        ],
+    )
+    return folder, straight, resumed
+
+
+def test_two_processes_really_ran(runs):
+    _, straight, resumed = runs
+    for facts in [*straight, *resumed]:
+        assert (facts["num_processes"], facts["distributed_type"], facts["error"]) == (2, "MULTI_CPU", None)
+        assert facts["backend"] == "gloo"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: label(*case))
+def test_two_processes_follow_the_single_process_trajectory(case, runs):
+    """Largest relative difference of the weights after 20 steps in float32: at most 1e-6."""
+    folder, _, _ = runs
+    one, two = (final_weights(folder / kind / label(*case)) for kind in ("one", "two"))
+    assert one.keys() == two.keys()
+    scale = max(value.abs().max() for value in one.values())
+    difference = max((one[key] - two[key]).abs().max() for key in one)
+    print(f"{label(*case)}: largest relative difference {difference / scale:.1e}")
+    assert difference / scale <= 1e-6
+    start = final_weights(folder / "one" / label(*case) / f"checkpoint-{HALF}")
+    assert max((one[key] - start[key]).abs().max() for key in one) / scale > 1e-3, "the weights moved"
+
+
+def test_the_gradients_were_correlated(runs):
+    """With uncorrelated batches the cosine is near 0 and a wrong one would not show."""
+    folder, _, _ = runs
+    history = json.loads((folder / "two" / "tam-full" / "report.json").read_text())["history"]
+    cosines = [entry["cosine"] for entry in history if "cosine" in entry]
+    assert len(cosines) == STEPS
+    assert max(cosines) > 0.3
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: label(*case))
+def test_two_processes_resume_bit_for_bit(case, runs):
+    folder, _, _ = runs
+    straight, resumed = (final_weights(folder / kind / label(*case)) for kind in ("two", "resumed"))
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+
+
+def test_both_processes_measure_what_one_measures(runs):
+    folder, _, _ = runs
+    one, two = (json.loads((folder / kind / "tam-full" / "report.json").read_text()) for kind in ("one", "two"))
+    for a, b in zip(one["splits"], two["splits"], strict=True):
+        assert a["examples"] == b["examples"]
+        assert a["after"]["loss"]["value"] == pytest.approx(b["after"]["loss"]["value"], rel=1e-6)
+        assert a["after"]["accuracy"]["value"] == pytest.approx(b["after"]["accuracy"]["value"], abs=1e-9)
+
+
+def test_main_job_runs_under_accelerate_launch_by_its_script(tiny, tmp_path):
+    words = tiny.words(tmp_path / "out", use_cpu=None, max_steps=2, per_device_train_batch_size=2)
+    result = launch(ROOT / "scripts" / "train.py", *words)
+    assert (tmp_path / "out" / "report.md").is_file(), result.stderr[-3000:]
+    assert result.stdout.count("Report: ") == 1, "one process speaks"
+    assert "- **processes**: 2" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_bad_input_under_accelerate_launch_ends_with_a_clear_line(tiny, tmp_path):
+    words = tiny.words(tmp_path / "out", use_cpu=None, optim="tamm")
+    result = launch(ROOT / "scripts" / "train.py", *words)
+    assert result.returncode != 0
+    assert "error: argument --optim: 'tamm' is not accepted (did you mean 'tam'" in result.stderr
+    assert not (tmp_path / "out").exists()
