@@ -63,7 +63,9 @@ def split_of(group: str) -> Split:
 
 @lru_cache(maxsize=1)
 def _documents() -> tuple[tuple[str, Kind, str], ...]:
-    return tuple(_read())
+    # A few texts stand under two names (the topics "if" and "else"), which could fall into different splits.
+    first_of_each = {text: (group, kind, text) for group, kind, text in reversed(list(_read()))}
+    return tuple(reversed(first_of_each.values()))
 
 
 def _read() -> Iterator[tuple[str, Kind, str]]:
