@@ -121,8 +121,8 @@ def changes(
 
     Example:
         >>> before = np.array([[1.0, 1.0, 0.0], [3.0, 1.0, 0.0]] * 50)
-        >>> changes(before, before - [0.5, 0.0, 0.0], metrics_of("sequence_classification", 1.0))["loss"]
-        Estimate(value=-0.5, low=-0.5, high=-0.5)
+        >>> str(changes(before, before - [0.5, 0.0, 0.0], metrics_of("sequence_classification", 1.0))["loss"])
+        '-0.500 [-0.500, -0.500]'
     """
     if before.shape != after.shape:
         raise ValueError(f"statistics of {before.shape} and {after.shape} are not of the same examples")

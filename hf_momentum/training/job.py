@@ -197,8 +197,14 @@ def _title(recipe: Recipe) -> str:
     shown = OPTIMIZERS[name].cls.__name__ if name in OPTIMIZERS else name
     how = "LoRA" if recipe.peft.lora else "full"
     model = recipe.model.model_name_or_path
-    what = f"a small Llama trained on {recipe.model.scratch_dataset}" if model == "scratch" else Path(model).name
-    return f"{shown}, {how} fine-tuning on {recipe.data.train_dataset} of {what}"
+    # A path is a long story about one machine: its end says what it is.
+    what = f"a small Llama trained on {recipe.model.scratch_dataset}" if model == "scratch" else _ending(model, 2)
+    return f"{shown}, {how} fine-tuning on {_ending(recipe.data.train_dataset, 1)} of {what}"
+
+
+def _ending(place: str, parts: int) -> str:
+    path = Path(place)
+    return str(Path(*path.parts[-parts:])) if path.is_absolute() else place
 
 
 def _command(recipe: Recipe) -> str:

@@ -6,7 +6,6 @@ from typing import Any
 
 import datasets
 import huggingface_hub.errors
-import requests
 from transformers import PreTrainedTokenizerBase
 
 from hf_momentum.errors import InputError
@@ -29,7 +28,6 @@ NETWORK_ERRORS = (
     huggingface_hub.errors.LocalEntryNotFoundError,
     huggingface_hub.errors.OfflineModeIsEnabled,
     huggingface_hub.errors.HFValidationError,
-    requests.exceptions.RequestException,
     ConnectionError,
     datasets.exceptions.DatasetNotFoundError,
 )
