@@ -28,10 +28,10 @@ quickstart: $(VENV)/base.stamp ## virtual environment, install, and the main job
 	$(OFFLINE) $(BIN)/hf-momentum train --config recipes/quickstart.yaml
 
 test: $(VENV)/dev.stamp ## virtual environment, install, and the test suite
-	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test-all: $(VENV)/dev.stamp ## the test suite with the slow tests
-	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 style: $(VENV)/dev.stamp ## check format, lint and types
 	$(BIN)/ruff format --check .

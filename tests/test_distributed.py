@@ -15,6 +15,9 @@ from tests.test_training import final_weights
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "accelerate_configs" / "ddp.yaml"
+# One worker runs the whole module, so that each launch happens once.
+pytestmark = pytest.mark.xdist_group("two processes")
+
 CASES = [(name, lora) for name in ("tam", "adatam", "adatamw") for lora in (False, True)]
 STEPS, HALF = 20, 10
 
@@ -46,52 +49,44 @@ def label(name: str, lora: bool) -> str:
     return f"{name}-{'lora' if lora else 'full'}"
 
 
+# use_cpu is left out of launched runs: the processes must find the CPU by themselves.
+TWO = {"per_device_train_batch_size": 2, "use_cpu": None}
+
+
+def words(tiny, folder: Path, kind: str, case, **fields) -> list[str]:
+    name, lora = case
+    common = {"optim": name, "lora": lora, "learning_rate": 0.05 if name == "tam" else 1e-4, "weight_decay": 0.1}
+    # 16 examples: batches of 4 fill every epoch. A last, smaller batch would be topped up by Accelerate.
+    common |= {"max_train_examples": 16, "max_steps": STEPS, "save_strategy": "steps", "save_steps": HALF}
+    return tiny.words(folder / kind / label(*case), **{**common, "max_grad_norm": 1.0, **fields})
+
+
 @pytest.fixture(scope="module")
 def runs(tiny, tmp_path_factory):
-    """Each case on one process, on two, and on two resumed from the half; at equal global batch."""
+    """Each case on one process and on two, at equal global batch. Both evaluate before they train."""
     folder = tmp_path_factory.mktemp("runs")
-
-    def words(kind: str, case, **fields):
-        name, lora = case
-        common = {"optim": name, "lora": lora, "learning_rate": 0.05 if name == "tam" else 1e-4, "weight_decay": 0.1}
-        # 16 examples: batches of 4 fill every epoch. A last, smaller batch would be topped up by Accelerate.
-        common |= {
-            "max_train_examples": 16,
-            "max_steps": STEPS,
-            "save_strategy": "steps",
-            "save_steps": HALF,
-            "max_grad_norm": 1.0,
-        }
-        return tiny.words(folder / kind / label(*case), **{**common, **fields})
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for case in CASES:
-        job.train(load_recipe(None, words("one", case, per_device_train_batch_size=4)))
+        job.train(load_recipe(None, words(tiny, folder, "one", case, per_device_train_batch_size=4)))
     torch.set_num_threads(threads)
-    # use_cpu is left out: the launched processes must find the CPU by themselves.
-    two = {"per_device_train_batch_size": 2, "use_cpu": None}
-    straight = launch_plan(folder / "plan-two", [(label(*case), words("two", case, **two)) for case in CASES])
-    resumed = launch_plan(
-        folder / "plan-resumed",
-        [
-            (
-                label(*case),
-                words(
-                    "resumed",
-                    case,
-                    resume_from_checkpoint=folder / "two" / label(*case) / f"checkpoint-{HALF}",
-                    **two,
-                ),
-            )
-            for case in CASES
-        ],
-    )
-    return folder, straight, resumed
+    plan = [(label(*case), words(tiny, folder, "two", case, **TWO)) for case in CASES]
+    return folder, launch_plan(folder / "plan-two", plan)
 
 
-def test_two_processes_really_ran(runs):
-    _, straight, resumed = runs
+@pytest.fixture(scope="module")
+def resumed(tiny, runs):
+    """The runs on two processes again, from the checkpoint at the half."""
+    folder, _ = runs
+    plan = []
+    for case in CASES:
+        checkpoint = folder / "two" / label(*case) / f"checkpoint-{HALF}"
+        plan.append((label(*case), words(tiny, folder, "resumed", case, resume_from_checkpoint=checkpoint, **TWO)))
+    return launch_plan(folder / "plan-resumed", plan)
+
+
+def test_two_processes_really_ran(runs, resumed):
+    _, straight = runs
     for facts in [*straight, *resumed]:
         assert (facts["num_processes"], facts["distributed_type"], facts["error"]) == (2, "MULTI_CPU", None)
         assert facts["backend"] == "gloo"
@@ -100,7 +95,7 @@ def test_two_processes_really_ran(runs):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: label(*case))
 def test_two_processes_follow_the_single_process_trajectory(case, runs):
     """Largest relative difference of the weights after 20 steps in float32: at most 1e-6."""
-    folder, _, _ = runs
+    folder, _ = runs
     one, two = (final_weights(folder / kind / label(*case)) for kind in ("one", "two"))
     assert one.keys() == two.keys()
     scale = max(value.abs().max() for value in one.values())
@@ -113,7 +108,7 @@ def test_two_processes_follow_the_single_process_trajectory(case, runs):
 
 def test_the_gradients_were_correlated(runs):
     """With uncorrelated batches the cosine is near 0 and a wrong one would not show."""
-    folder, _, _ = runs
+    folder, _ = runs
     history = json.loads((folder / "two" / "tam-full" / "report.json").read_text())["history"]
     cosines = [entry["cosine"] for entry in history if "cosine" in entry]
     assert len(cosines) == STEPS
@@ -121,14 +116,15 @@ def test_the_gradients_were_correlated(runs):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: label(*case))
+@pytest.mark.usefixtures("resumed")
 def test_two_processes_resume_bit_for_bit(case, runs):
-    folder, _, _ = runs
-    straight, resumed = (final_weights(folder / kind / label(*case)) for kind in ("two", "resumed"))
-    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+    folder, _ = runs
+    straight, again = (final_weights(folder / kind / label(*case)) for kind in ("two", "resumed"))
+    assert all(torch.equal(straight[key], again[key]) for key in straight)
 
 
 def test_both_processes_measure_what_one_measures(runs):
-    folder, _, _ = runs
+    folder, _ = runs
     one, two = (json.loads((folder / kind / "tam-full" / "report.json").read_text()) for kind in ("one", "two"))
     for a, b in zip(one["splits"], two["splits"], strict=True):
         assert a["examples"] == b["examples"]
