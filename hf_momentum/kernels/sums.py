@@ -44,3 +44,25 @@ def _alignment(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         a, b = a.to(dtype), b.to(dtype)
         total += torch.stack([torch.dot(a, b), torch.dot(a, a), torch.dot(b, b)])
     return total
+
+
+def squared_norms(xs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The squared L2 norm of each tensor, formed in float64 as in `alignment_sums`.
+
+    Returns:
+        A `[len(xs)]` tensor on the tensors' device.
+
+    Example:
+        >>> squared_norms([torch.tensor([3.0, 4.0]), torch.zeros(0)])
+        tensor([25.,  0.], dtype=torch.float64)
+    """
+    return torch.stack([_squared_norm(x.reshape(-1)) for x in xs])
+
+
+def _squared_norm(x: torch.Tensor) -> torch.Tensor:
+    dtype = sum_dtype(x.device)
+    total = torch.zeros((), dtype=dtype, device=x.device)
+    for piece in x.split(_PIECE):
+        piece = piece.to(dtype)
+        total += torch.dot(piece, piece)
+    return total

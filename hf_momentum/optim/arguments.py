@@ -12,10 +12,11 @@ def check_real(
     low: float = -math.inf,
     high: float = math.inf,
     *,
+    low_open: bool = False,
     high_open: bool = False,
     hint: str = "",
 ) -> None:
-    """Raise unless `value` is a finite real number in `[low, high]`, or in `[low, high)` with `high_open`.
+    """Raise unless `value` is a finite real number in `[low, high]`; `low_open` and `high_open` leave the ends out.
 
     Raises:
         TypeError: `value` is not a real number (booleans and tensors are not).
@@ -29,12 +30,14 @@ def check_real(
     """
     right = ")" if high_open or math.isinf(high) else "]"
     upper = "inf" if math.isinf(high) else f"{high:g}"
-    accepted = f"{owner}: {name} must be a number in [{low:g}, {upper}{right}, got {value!r}"
+    left = "(" if low_open else "["
+    accepted = f"{owner}: {name} must be a number in {left}{low:g}, {upper}{right}, got {value!r}"
     message = f"{accepted}; {hint}" if hint else accepted
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(message)
     number = float(value)
-    if not math.isfinite(number) or number < low or number > high or (high_open and number == high):
+    inside = (low < number if low_open else low <= number) and (number < high if high_open else number <= high)
+    if not math.isfinite(number) or not inside:
         raise ValueError(message)
 
 

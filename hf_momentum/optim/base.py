@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_momentum.kernels import sum_dtype
 from hf_momentum.sharding import require_whole_tensor
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -52,6 +53,19 @@ class Bucket:
         """The number of elements of all its parameters."""
         return sum(param.numel() for param in self.params)
 
+    def vector(self, name: str) -> Tensor:
+        """The group's vector `name`, one float64 entry per parameter of the group, zeros at its first use."""
+        vector = self.group.get(name)
+        if vector is None:
+            vector = torch.zeros(len(self.group["params"]), dtype=sum_dtype(self.device), device=self.device)
+        self.group[name] = vector.to(self.device)  # a loaded state may lie elsewhere
+        return self.group[name]
+
+    def scalars(self, values: Tensor) -> Tensor | list[Tensor]:
+        """`values`, 0-dim or one per tensor of the bucket, as `_foreach` functions take them."""
+        values = values.to(device=self.device, dtype=self.dtype)
+        return values if values.dim() == 0 else list(values.unbind())
+
     def buffers(self, name: str) -> list[Tensor]:
         """The state tensor `name` of each parameter, created as zeros in the compute dtype at its first use."""
         for param, state in zip(self.params, self.states, strict=True):
@@ -67,6 +81,23 @@ class Bucket:
         for state in self.states:
             state["step"] = state.get("step", torch.zeros(())) + 1
         return [state["step"].item() for state in self.states]
+
+    def advance_correction(self, beta: Tensor) -> Tensor:
+        """1 - prod(beta) over each parameter's steps so far, this one's `beta` included; one entry per tensor.
+
+        The bias of an average whose beta varies: with beta constant it is Adam's 1 - beta^t. The group keeps the
+        complement itself, c = 1 - b (1 - c), so that it starts at 0 like every other vector.
+        """
+        before = take(self.vector("correction1"), self.positions)
+        correction = 1 - beta.to(self.device) * (1 - before)
+        self.group["correction1"] = put(self.group["correction1"], self.positions, correction)
+        return correction
+
+    def couple_weight_decay(self, weights: list[Tensor]) -> None:
+        """Add wd w to the gradients (new tensors; `p.grad` is left alone) unless the decay is decoupled."""
+        wd = self.group["weight_decay"]
+        if wd and not self.group["decoupled_weight_decay"]:
+            self.grads[:] = torch._foreach_add(self.grads, weights, alpha=wd)
 
     def weights(self) -> list[Tensor]:
         """The parameters in the compute dtype: themselves, or float32 copies to be written back by `store`."""
@@ -88,6 +119,33 @@ def compute_dtype(param: Tensor) -> torch.dtype:
         torch.float32
     """
     return torch.float32 if param.dtype in _HALF else param.dtype
+
+
+def take(vector: Tensor, positions: list[int]) -> Tensor:
+    """The entries of `vector` at `positions`, in ascending order, without a transfer from the host.
+
+    Indexing with a Python list would copy it to the device and wait; views and one stack do not.
+
+    Example:
+        >>> take(torch.tensor([1.0, 2.0, 3.0]), [0, 2])
+        tensor([1., 3.])
+    """
+    return vector if len(positions) == len(vector) else torch.stack([vector[i] for i in positions])
+
+
+def put(vector: Tensor, positions: list[int], values: Tensor) -> Tensor:
+    """A vector with `values` at `positions` and the old entries elsewhere.
+
+    Example:
+        >>> put(torch.tensor([1.0, 2.0, 3.0]), [0, 2], torch.tensor([7.0, 9.0]))
+        tensor([7., 2., 9.])
+    """
+    if len(positions) == len(vector):
+        return values
+    rows = list(vector.unbind())
+    for position, value in zip(positions, values.unbind(), strict=True):
+        rows[position] = value
+    return torch.stack(rows)
 
 
 class MomentumOptimizer(torch.optim.Optimizer):

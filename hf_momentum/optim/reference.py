@@ -121,3 +121,165 @@ def adatam(
         w = [(1 - lr * wd) * wi for wi in w]
     w = [wi - lr * (mi / c1) / (torch.sqrt(vi) / sqrt(c2) + eps) for wi, mi, vi in zip(w, m, v, strict=True)]
     return w, m, v, s
+
+
+def beta_of(dg: Tensor, dw: Tensor, lr: float, delta: float, cap_root: bool) -> Tensor:
+    """beta = clip((1 - sqrt(lr l))^2, 0, 1 - delta) with l = |dg| / |dw|, and 0 where dw is 0.
+
+    Example:
+        >>> beta_of(torch.tensor([2.0]), torch.tensor([0.5]), lr=0.01, delta=0.0, cap_root=False)
+        tensor(0.6400)
+    """
+    norm = torch.linalg.vector_norm(dw)
+    if norm == 0:
+        return torch.zeros_like(norm)
+    root = torch.sqrt(lr * torch.linalg.vector_norm(dg) / norm)
+    if cap_root:
+        root = torch.clamp(root, max=1.0)
+    return torch.clamp((1 - root) ** 2, 0, 1 - delta)
+
+
+def betas_of(dg: Tensors, dw: Tensors, granularity: str, lr: float, delta: float, cap_root: bool) -> Tensors:
+    """One beta per tensor; all the same if global.
+
+    Example:
+        >>> betas_of([torch.ones(1)], [torch.ones(1)], "global", lr=0.25, delta=0.0, cap_root=False)
+        [tensor(0.2500)]
+    """
+    if granularity == "global":
+        return [beta_of(flat(dg), flat(dw), lr, delta, cap_root)] * len(dg)
+    return [beta_of(a, b, lr, delta, cap_root) for a, b in zip(dg, dw, strict=True)]
+
+
+def ahb_sgd(
+    w: Tensors,
+    g: Tensors,
+    g_prev: Tensors,
+    dw: Tensors,
+    *,
+    lr: float,
+    delta: float,
+    cap_root: bool = False,
+    wd: float = 0.0,
+    decoupled: bool = True,
+    granularity: str = "global",
+) -> tuple[Tensors, Tensors]:
+    """One step of AHB-SGD: the new w and dw. For the first step of a tensor give g_prev = g and dw = 0.
+
+    Example:
+        >>> ahb_sgd([torch.ones(1)], [torch.ones(1)], [torch.ones(1)], [torch.zeros(1)], lr=0.5, delta=1e-3)[0]
+        [tensor([0.5000])]
+    """
+    dg = [a - b for a, b in zip(g, g_prev, strict=True)]
+    beta = betas_of(dg, dw, granularity, lr, delta, cap_root)
+    if not decoupled:
+        g = [gi + wd * wi for gi, wi in zip(g, w, strict=True)]
+    dw = [bi * di - lr * gi for bi, di, gi in zip(beta, dw, g, strict=True)]
+    shrink = 1 - lr * wd if decoupled else 1
+    return [shrink * wi + di for wi, di in zip(w, dw, strict=True)], dw
+
+
+def ahb_adam(
+    w: Tensors,
+    g: Tensors,
+    g_prev: Tensors,
+    dw: Tensors,
+    m: Tensors,
+    v: Tensors,
+    product: Tensors,
+    t: list[int],
+    *,
+    lr: float,
+    b2: float,
+    eps: float,
+    delta: float,
+    cap_root: bool = False,
+    difference: str = "plain",
+    wd: float = 0.0,
+    decoupled: bool = True,
+    granularity: str = "global",
+) -> tuple[Tensors, Tensors, Tensors, Tensors, Tensors]:
+    """One step of AHB-Adam: the new w, dw, m, v and product of betas. t counts each tensor's steps from 1.
+
+    Example:
+        >>> one, zero = torch.ones(1), torch.zeros(1)
+        >>> ahb_adam([one], [one], [one], [zero], [zero], [zero], [torch.ones(())], [1], lr=0.5, b2=0.9, eps=0.0,
+        ...          delta=1e-3)[0]
+        [tensor([0.5000])]
+    """
+    dg = [a - b for a, b in zip(g, g_prev, strict=True)]
+    if difference == "preconditioned":
+        D = [torch.sqrt(vi / (1 - b2 ** max(ti - 1, 1))) + eps for vi, ti in zip(v, t, strict=True)]
+        dg = [x if ti == 1 else x / Di for x, Di, ti in zip(dg, D, t, strict=True)]
+    beta = betas_of(dg, dw, granularity, lr, delta, cap_root)
+    if not decoupled:
+        g = [gi + wd * wi for gi, wi in zip(g, w, strict=True)]
+    product = [bi * pi for bi, pi in zip(beta, product, strict=True)]
+    m = [bi * mi + (1 - bi) * gi for bi, mi, gi in zip(beta, m, g, strict=True)]
+    v = [b2 * vi + (1 - b2) * gi**2 for vi, gi in zip(v, g, strict=True)]
+    dw = [
+        -lr * (mi / (1 - pi)) / (torch.sqrt(vi / (1 - b2**ti)) + eps)
+        for mi, pi, vi, ti in zip(m, product, v, t, strict=True)
+    ]
+    shrink = 1 - lr * wd if decoupled else 1
+    return [shrink * wi + di for wi, di in zip(w, dw, strict=True)], dw, m, v, product
+
+
+def mu_of(law: str, lr: float, L: float, low: float = 0.0, high: float = 0.99) -> float:
+    """The critical laws.
+
+    Example:
+        >>> mu_of("critical", 0.01, 1.0), mu_of("critical_exact", 0.25, 1.0)
+        (0.8, 0.25)
+    """
+    r = sqrt(lr * L)
+    mu = {"critical": 1 - 2 * r, "critical_exact": (1 - r) ** 2, "critical_nesterov": (1 - r) / (1 + r)}[law]
+    return max(low, min(mu, high))
+
+
+def critical_sgd(
+    w: Tensors, g: Tensors, m: Tensors, *, lr: float, law: str = "critical", L: float = 1.0, wd: float = 0.0
+) -> tuple[Tensors, Tensors]:
+    """One step of SGD with critically damped momentum and decoupled decay: the new w and m.
+
+    Example:
+        >>> critical_sgd([torch.ones(1)], [torch.ones(1)], [torch.ones(1)], lr=0.25)
+        ([tensor([0.7500])], [tensor([1.])])
+    """
+    mu = mu_of(law, lr, L)
+    m = [mu * mi + gi for mi, gi in zip(m, g, strict=True)]
+    step = [gi + mu * mi for gi, mi in zip(g, m, strict=True)] if law == "critical_nesterov" else m
+    return [(1 - lr * wd) * wi - lr * si for wi, si in zip(w, step, strict=True)], m
+
+
+def critical_adamw(
+    w: Tensors,
+    g: Tensors,
+    m: Tensors,
+    v: Tensors,
+    product: list[float],
+    t: list[int],
+    *,
+    lr: float,
+    b2: float,
+    eps: float,
+    law: str = "critical",
+    L: float = 1.0,
+    wd: float = 0.0,
+) -> tuple[Tensors, Tensors, Tensors, list[float]]:
+    """One step of AdamW with a critically damped b1: the new w, m, v and product of all b1.
+
+    Example:
+        >>> one, zero = torch.ones(1), torch.zeros(1)
+        >>> critical_adamw([one], [one], [zero], [zero], [1.0], [1], lr=0.25, b2=0.9, eps=0.0)[0]
+        [tensor([0.7500])]
+    """
+    b1 = mu_of(law, lr, L)
+    product = [b1 * pi for pi in product]
+    m = [b1 * mi + (1 - b1) * gi for mi, gi in zip(m, g, strict=True)]
+    v = [b2 * vi + (1 - b2) * gi**2 for vi, gi in zip(v, g, strict=True)]
+    w = [
+        (1 - lr * wd) * wi - lr * (mi / (1 - pi)) / (torch.sqrt(vi / (1 - b2**ti)) + eps)
+        for wi, mi, pi, vi, ti in zip(w, m, product, v, t, strict=True)
+    ]
+    return w, m, v, product

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_momentum.kernels import alignment_sums, sum_dtype
+from hf_momentum.kernels import alignment_sums
 from hf_momentum.optim.arguments import check_betas, check_bool, check_choice, check_real
-from hf_momentum.optim.base import Bucket, MomentumOptimizer
+from hf_momentum.optim.base import Bucket, MomentumOptimizer, put, take
 
 Granularity = Literal["global", "tensor"]
 
@@ -164,8 +164,7 @@ def damped_scales(
     for bucket, s in zip(buckets, smoothings, strict=True):
         fixed = bucket.group["fixed_damping"]
         d = damping(s) if fixed is None else torch.full_like(s, fixed)
-        scale = (bucket.group[eps] + d).to(device=bucket.device, dtype=bucket.dtype)
-        scales.append(scale if scale.dim() == 0 else list(scale.unbind()))
+        scales.append(bucket.scalars(bucket.group[eps] + d))
     return scales
 
 
@@ -181,28 +180,13 @@ def _advance_global(groups: list[dict[str, Any]], sums: list[Tensor]) -> list[Te
 
 
 def _advance_tensors(bucket: Bucket, rows: Tensor) -> Tensor:
-    group, count = bucket.group, len(bucket.group["params"])
-    for name in ("cosine", "smoothed_cosine"):
-        group[name] = group.get(name, torch.zeros(count, dtype=sum_dtype(rows.device))).to(rows.device)
+    group = bucket.group
+    cosines, smoothings = bucket.vector("cosine"), bucket.vector("smoothed_cosine")
     cos = cosine(rows)
-    s = smoothed(_take(group["smoothed_cosine"], bucket.positions), cos, group["gamma"])
-    group["cosine"] = _put(group["cosine"], bucket.positions, cos)
-    group["smoothed_cosine"] = _put(group["smoothed_cosine"], bucket.positions, s)
+    s = smoothed(take(smoothings, bucket.positions), cos, group["gamma"])
+    group["cosine"] = put(cosines, bucket.positions, cos)
+    group["smoothed_cosine"] = put(smoothings, bucket.positions, s)
     return s
-
-
-def _take(vector: Tensor, positions: list[int]) -> Tensor:
-    # Indexing with a Python list would copy it to the device and wait; views and one stack do not.
-    return vector if len(positions) == len(vector) else torch.stack([vector[i] for i in positions])
-
-
-def _put(vector: Tensor, positions: list[int], values: Tensor) -> Tensor:
-    if len(positions) == len(vector):
-        return values
-    rows = list(vector.unbind())
-    for position, value in zip(positions, values.unbind(), strict=True):
-        rows[position] = value
-    return torch.stack(rows)
 
 
 def torque_dynamics(groups: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -345,7 +329,7 @@ class TAM(MomentumOptimizer):
     def _update(self, buckets: list[Bucket]) -> None:
         weights = [bucket.weights() for bucket in buckets]
         for bucket, w in zip(buckets, weights, strict=True):
-            couple_weight_decay(bucket, w)
+            bucket.couple_weight_decay(w)
         momenta = [bucket.buffers("momentum_buffer") for bucket in buckets]
         scales = damped_scales(self.param_groups, buckets, momenta, "eps")
         for bucket, w, m, scale in zip(buckets, weights, momenta, scales, strict=True):
@@ -534,13 +518,6 @@ class AdaTAMW(MomentumOptimizer):
         return torque_dynamics(self.param_groups)
 
 
-def couple_weight_decay(bucket: Bucket, weights: list[Tensor]) -> None:
-    """Add wd w to the bucket's gradients (new tensors, `p.grad` is left alone) unless the decay is decoupled."""
-    wd = bucket.group["weight_decay"]
-    if wd and not bucket.group["decoupled_weight_decay"]:
-        bucket.grads[:] = torch._foreach_add(bucket.grads, weights, alpha=wd)
-
-
 def check_adatam(optimizer: MomentumOptimizer, group: Mapping[str, Any]) -> None:
     """Validate the hyperparameters that AdaTAM and AdaTAMW share."""
     owner = type(optimizer).__name__
@@ -555,7 +532,7 @@ def adatam_step(groups: list[dict[str, Any]], buckets: list[Bucket]) -> None:
     """One step of AdaTAM or AdaTAMW on collected buckets."""
     weights = [bucket.weights() for bucket in buckets]
     for bucket, w in zip(buckets, weights, strict=True):
-        couple_weight_decay(bucket, w)
+        bucket.couple_weight_decay(w)
     moments = [bucket.buffers("exp_avg") for bucket in buckets]
     scales = damped_scales(groups, buckets, moments, "torque_eps")
     for bucket, w, m, scale in zip(buckets, weights, moments, scales, strict=True):

@@ -1,0 +1,367 @@
+"""Laws that give the momentum coefficient from the learning rate or from how far training has come.
+
+Each law is a pure function of numbers. `MomentumSchedule` applies one to any torch optimizer, before each step and
+after the learning-rate scheduler has spoken.
+
+The law `critical` is that of arXiv 2603.28921. It is the small-lr, unit-curvature form of exact critical damping, which
+`critical_exact` and `critical_nesterov` are; the bounds are ours.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hf_momentum.optim.arguments import check_choice, check_real
+
+LOW, HIGH = 0.0, 0.99
+"""Bounds of a law's momentum (ours): the paper's form is negative above lr = 0.25 and tends to 1 as lr tends to 0."""
+
+FINAL = 0.9
+"""The constant momentum of the hybrid schedule's last part (ours)."""
+
+
+FORMULAS: Mapping[str, Callable[[Any], Any]] = {
+    "critical": lambda root: 1 - 2 * root,
+    "critical_exact": lambda root: (1 - root) ** 2,
+    "critical_nesterov": lambda root: (1 - root) / (1 + root),
+}
+"""The critical laws as functions of sqrt(lr L), before clipping: of numbers here, of tensors in `critical.py`."""
+
+
+# ---- the laws -------------------------------------------------------------------------------------------------------
+
+
+def critical(lr: float, curvature: float = 1.0, low: float = LOW, high: float = HIGH) -> float:
+    """mu = 1 - 2 sqrt(lr L), clipped to [low, high]; the paper's law at curvature L = 1.
+
+    Example:
+        >>> round(critical(0.1), 4), critical(0.5), critical(0.0)
+        (0.3675, 0.0, 0.99)
+    """
+    return clipped(FORMULAS["critical"](math.sqrt(lr * curvature)), low, high)
+
+
+def critical_exact(lr: float, curvature: float = 1.0, low: float = LOW, high: float = HIGH) -> float:
+    """mu = (1 - sqrt(lr L))^2, clipped: heavy ball on a quadratic of curvature L is then critically damped.
+
+    Example:
+        >>> round(critical_exact(0.1), 4)
+        0.4675
+    """
+    return clipped(FORMULAS["critical_exact"](math.sqrt(lr * curvature)), low, high)
+
+
+def critical_nesterov(lr: float, curvature: float = 1.0, low: float = LOW, high: float = HIGH) -> float:
+    """mu = (1 - sqrt(lr L)) / (1 + sqrt(lr L)), clipped: the same for Nesterov's momentum.
+
+    Example:
+        >>> round(critical_nesterov(0.1), 4)
+        0.5195
+    """
+    return clipped(FORMULAS["critical_nesterov"](math.sqrt(lr * curvature)), low, high)
+
+
+def constant(momentum: float = FINAL) -> float:
+    """mu = a constant.
+
+    Example:
+        >>> constant()
+        0.9
+    """
+    return momentum
+
+
+def onecycle(progress: float, low: float = 0.85, high: float = 0.95, peak: float = 0.3) -> float:
+    """From `high` down to `low` at `peak` of training and back, along cosines, as torch's OneCycleLR cycles momentum.
+
+    Example:
+        >>> [round(onecycle(p), 3) for p in (0.0, 0.3, 1.0)]
+        [0.95, 0.85, 0.95]
+    """
+    way = progress / peak if progress < peak else (1 - progress) / (1 - peak)
+    return low + (high - low) * (1 + math.cos(math.pi * way)) / 2
+
+
+def demon(progress: float, initial: float = FINAL) -> float:
+    """mu = b0 (1 - p) / ((1 - b0) + b0 (1 - p)) at progress p: decaying momentum (arXiv 1910.04952).
+
+    Example:
+        >>> demon(0.0), demon(1.0)
+        (0.9, 0.0)
+    """
+    rest = initial * (1 - progress)
+    return rest / ((1 - initial) + rest)
+
+
+def hybrid_crossing(mu: float, final: float = FINAL) -> float:
+    """min(mu, final): the critical law until it crosses the constant. For cosine from lr 0.1 that is at lr 0.0025.
+
+    Example:
+        >>> hybrid_crossing(critical(0.1)) == critical(0.1), hybrid_crossing(critical(0.001))
+        (True, 0.9)
+    """
+    return min(mu, final)
+
+
+def hybrid_switched(mu: float, switched: bool, final: float = FINAL) -> float:
+    """`mu` before the switch and `final` after it; a fraction of training or a metric says when.
+
+    Example:
+        >>> hybrid_switched(0.4, False), hybrid_switched(0.4, True)
+        (0.4, 0.9)
+    """
+    return final if switched else mu
+
+
+def damping_ratio(mu: float, lr: float, curvature: float = 1.0) -> float:
+    """(1 - mu) / (2 sqrt(lr L)): above 1 overdamped (creeps), below 1 underdamped (overshoots); inf at lr 0.
+
+    Example:
+        >>> round(damping_ratio(critical(0.01), 0.01), 6), round(damping_ratio(0.9, 0.1), 3)
+        (1.0, 0.158)
+    """
+    root = math.sqrt(lr * curvature)
+    return (1 - mu) / (2 * root) if root > 0 else math.inf
+
+
+def clipped(value: float, low: float, high: float) -> float:
+    """`value` held within [low, high].
+
+    Example:
+        >>> clipped(1.5, 0.0, 0.99)
+        0.99
+    """
+    return min(max(value, low), high)
+
+
+CRITICAL: Mapping[str, Callable[..., float]] = {
+    "critical": critical,
+    "critical_exact": critical_exact,
+    "critical_nesterov": critical_nesterov,
+}
+"""The laws of the learning rate, by name."""
+
+LAWS = ("critical", "critical_exact", "critical_nesterov", "hybrid", "constant", "onecycle", "demon")
+"""All names that `MomentumSchedule` takes."""
+
+
+# ---- a law applied to an optimizer ----------------------------------------------------------------------------------
+
+
+class MomentumSchedule:
+    """Sets the momentum of any torch optimizer before each of its steps.
+
+    The coefficient is `momentum` of SGD-likes and `betas[0]` of Adam-likes, in each group from that group's current
+    `lr`; so it follows every learning-rate scheduler. For Adam the law is a heuristic: at lr 5e-5 it gives 0.986.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer` with `momentum` or `betas` in its groups.
+        law: one of `critical` (the paper's), `critical_exact`, `critical_nesterov`, `hybrid`, `constant`, `onecycle`,
+            `demon`.
+        total_steps: optimizer steps of the whole training; needed by `onecycle`, `demon` and `hybrid` by fraction.
+        curvature: L of the critical laws: a number (default 1, the paper's) or "measured", which takes
+            |g_k - g_{k-1}| / |w_k - w_{k-1}|. Measuring keeps two more copies of the weights and reads one number
+            back to the host in each step; `CriticalSGD` and `CriticalAdamW` measure without either.
+        base: the critical law that `hybrid` begins with.
+        switch: when `hybrid` becomes constant (the paper's rule is unknown): "crossing" (the law crosses `final`; no
+            parameter), "fraction" (of `total_steps`) or "metric" (`report` was given a value of at least `threshold`;
+            the switch is latched).
+        final: the constant of `hybrid`'s last part.
+        fraction: for switch="fraction".
+        threshold: for switch="metric".
+        momentum: for `constant`; and the start of `demon`.
+        low, high: bounds of the critical laws; the low and high points of `onecycle` unless left at their defaults.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range, or the optimizer has no momentum.
+
+    Source: arXiv 2603.28921 for `critical` and the idea of the hybrid; bounds, switch rules and curvature are ours.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.ones(1))
+        >>> optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.9)
+        >>> schedule = MomentumSchedule(optimizer, "critical")
+        >>> w.grad = torch.ones(1)
+        >>> optimizer.step()
+        >>> round(optimizer.param_groups[0]["momentum"], 4)
+        0.3675
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        law: str = "critical",
+        *,
+        total_steps: int | None = None,
+        curvature: float | Literal["measured"] = 1.0,
+        base: str = "critical",
+        switch: str = "crossing",
+        final: float = FINAL,
+        fraction: float = 0.5,
+        threshold: float | None = None,
+        momentum: float = FINAL,
+        low: float = LOW,
+        high: float = HIGH,
+    ) -> None:
+        check_schedule(
+            law,
+            total_steps=total_steps,
+            curvature=curvature,
+            base=base,
+            switch=switch,
+            final=final,
+            fraction=fraction,
+            threshold=threshold,
+            momentum=momentum,
+            low=low,
+            high=high,
+        )
+        for group in optimizer.param_groups:
+            if momentum_key(group) is None:
+                raise ValueError(
+                    f"momentum schedule: {type(optimizer).__name__} has neither momentum nor betas to schedule"
+                )
+        self.optimizer, self.law, self.total_steps = optimizer, law, total_steps
+        self.curvature, self.base, self.switch = curvature, base, switch
+        self.final, self.fraction, self.threshold = final, fraction, threshold
+        self.momentum, self.low, self.high = momentum, low, high
+        self.steps = 0
+        self.switched = False
+        self.measured = 0.0
+        self._previous: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self._hook = optimizer.register_step_pre_hook(lambda *_: self.before_step())
+
+    def before_step(self) -> None:
+        """Set every group's momentum for the step that follows; called by the optimizer."""
+        progress = min(self.steps / self.total_steps, 1.0) if self.total_steps else 0.0
+        if self.law == "hybrid" and self.switch == "fraction" and progress >= self.fraction:
+            self.switched = True
+        if self.curvature == "measured":
+            self.measured = self._measure()
+        for group in self.optimizer.param_groups:
+            set_momentum(group, self.value(float(group["lr"]), progress))
+        self.steps += 1
+
+    def value(self, lr: float, progress: float) -> float:
+        """The momentum at this learning rate and progress in [0, 1]."""
+        if self.law == "constant":
+            return constant(self.momentum)
+        if self.law == "demon":
+            return demon(progress, self.momentum)
+        if self.law == "onecycle":
+            bounds = {} if (self.low, self.high) == (LOW, HIGH) else {"low": self.low, "high": self.high}
+            return onecycle(progress, **bounds)
+        curvature = self.measured if self.curvature == "measured" else float(self.curvature)
+        mu = CRITICAL[self.base if self.law == "hybrid" else self.law](lr, curvature, self.low, self.high)
+        if self.law != "hybrid":
+            return mu
+        if self.switch == "crossing":
+            return hybrid_crossing(mu, self.final)
+        return hybrid_switched(mu, self.switched, self.final)
+
+    def report(self, metric: float) -> None:
+        """Tell switch="metric" a held-out value; once it reaches `threshold`, the switch stays."""
+        if self.law == "hybrid" and self.switch == "metric" and self.threshold is not None:
+            self.switched = self.switched or metric >= self.threshold
+
+    def state_dict(self) -> dict[str, Any]:
+        """What evolves: the step count and the latched switch."""
+        return {"steps": self.steps, "switched": self.switched}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.steps, self.switched = int(state["steps"]), bool(state["switched"])
+
+    def detach(self) -> None:
+        """Leave the optimizer alone from now on."""
+        self._hook.remove()
+
+    @torch.no_grad()
+    def _measure(self) -> float:
+        differences, displacements = [], []
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                if param in self._previous:
+                    grad, weight = self._previous[param]
+                    differences.append((param.grad - grad).double().square().sum())
+                    displacements.append((param - weight).double().square().sum())
+                self._previous[param] = (param.grad.clone(), param.detach().clone())
+        if not differences:
+            return 0.0
+        sums = torch.stack([torch.stack(differences).sum(), torch.stack(displacements).sum()]).tolist()
+        return math.sqrt(sums[0] / sums[1]) if sums[1] > 0 else 0.0
+
+
+def momentum_key(group: Mapping[str, Any]) -> str | None:
+    """The key that holds a group's momentum coefficient, or None.
+
+    Example:
+        >>> momentum_key({"betas": (0.9, 0.999)}), momentum_key({"lr": 0.1})
+        ('betas', None)
+    """
+    return next((key for key in ("momentum", "betas") if key in group), None)
+
+
+def set_momentum(group: dict[str, Any], mu: float) -> None:
+    """Write mu where the group keeps it.
+
+    Example:
+        >>> group = {"betas": (0.9, 0.999)}
+        >>> set_momentum(group, 0.5)
+        >>> group
+        {'betas': (0.5, 0.999)}
+    """
+    if momentum_key(group) == "betas":
+        group["betas"] = (mu, *group["betas"][1:])
+    else:
+        group["momentum"] = mu
+
+
+def check_schedule(
+    law: str,
+    *,
+    total_steps: int | None = None,
+    curvature: float | str = 1.0,
+    base: str = "critical",
+    switch: str = "crossing",
+    final: float = FINAL,
+    fraction: float = 0.5,
+    threshold: float | None = None,
+    momentum: float = FINAL,
+    low: float = LOW,
+    high: float = HIGH,
+) -> None:
+    """Raise unless the arguments make a schedule.
+
+    Raises:
+        TypeError, ValueError: one is of the wrong type or out of range, or one that is needed is missing.
+
+    Example:
+        >>> check_schedule("hybrid", switch="fraction")
+        Traceback (most recent call last):
+        ...
+        ValueError: momentum schedule: law 'hybrid' by fraction needs total_steps
+    """
+    owner = "momentum schedule"
+    check_choice(owner, "law", law, LAWS)
+    check_choice(owner, "base", base, tuple(CRITICAL))
+    check_choice(owner, "switch", switch, ("crossing", "fraction", "metric"))
+    if curvature != "measured":
+        check_real(owner, "curvature", curvature, 0, hint='or "measured"')
+    check_real(owner, "final", final, 0, 1, high_open=True)
+    check_real(owner, "fraction", fraction, 0, 1)
+    check_real(owner, "momentum", momentum, 0, 1, high_open=True)
+    check_real(owner, "low", low, 0, 1, high_open=True)
+    check_real(owner, "high", high, low, 1, high_open=True)
+    by_fraction = law == "hybrid" and switch == "fraction"
+    if (law in ("onecycle", "demon") or by_fraction) and not total_steps:
+        raise ValueError(f"{owner}: law {law!r}{' by fraction' if by_fraction else ''} needs total_steps")
+    if law == "hybrid" and switch == "metric":
+        if threshold is None:
+            raise ValueError(f"{owner}: law 'hybrid' by metric needs a threshold")
+        check_real(owner, "threshold", threshold)
