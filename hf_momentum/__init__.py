@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any
 from hf_momentum.errors import InputError
 from hf_momentum.integrations import OPTIMIZERS, create_optimizer, optimizer_cls_and_kwargs
 from hf_momentum.integrations.transformers_hook import install as _install
-from hf_momentum.optim import TAM, AdaTAM, AdaTAMW
+from hf_momentum.optim import (
+    AHBSGD,
+    TAM,
+    AdaTAM,
+    AdaTAMW,
+    AHBAdam,
+    AHBAdamW,
+    CriticalAdamW,
+    CriticalSGD,
+    MomentumSchedule,
+)
 
 if TYPE_CHECKING:
     from hf_momentum.training import MomentumTrainer, MomentumTrainingArguments
@@ -25,11 +35,17 @@ if TYPE_CHECKING:
 __version__ = _version("hf-momentum")
 
 __all__ = [
+    "AHBSGD",
     "OPTIMIZERS",
     "TAM",
+    "AHBAdam",
+    "AHBAdamW",
     "AdaTAM",
     "AdaTAMW",
+    "CriticalAdamW",
+    "CriticalSGD",
     "InputError",
+    "MomentumSchedule",
     "MomentumTrainer",
     "MomentumTrainingArguments",
     "create_optimizer",

@@ -87,9 +87,9 @@ VARIANTS = [
 @pytest.mark.parametrize("stream", [random, correlated, sometimes_zero, wild_scales], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(("cls", "kwargs"), VARIANTS, ids=lambda x: x.__name__ if isinstance(x, type) else str(x))
 def test_equals_reference_for_200_steps_in_float64(cls, kwargs, stream):
-    # Taken alone, a tensor whose gradient vanishes right after beta was 0 sits on the rule's singular point: lr l is 1 up
-    # to rounding, beta 0 or 1e-33, the displacement 0 or not. Per tensor that would compare rounding errors, so there
-    # gradients become small instead of zero, and tensors of one element (which do nothing else) are left out.
+    # Taken alone, a tensor whose gradient vanishes right after beta was 0 sits on the rule's singular point: lr l is 1
+    # up to rounding, beta 0 or 1e-33, the displacement 0 or not. Per tensor that would compare rounding errors, so
+    # there gradients become small instead of zero, and tensors of one element (which do nothing else) are left out.
     shapes = SHAPES
     if kwargs["granularity"] == "tensor":
         shapes = [shape for shape in SHAPES if shape != ()]

@@ -79,7 +79,7 @@ BAD_RECIPES = [
     ("optim: tamm", r"'tamm' is not accepted \(did you mean 'tam'.*our own: tam, adatam, adatamw"),
     ("optim: tam\noptim: adatam", "'optim' is given twice"),
     ("optim: tam\noptim_args: gamma=1.0", r"gamma must be a number in \[0, 1\), got 1.0"),
-    ("optim: tam\noptim_args: gama=0.9", r"tam has no argument 'gama' \(did you mean 'gamma'"),
+    ("optim: tam\noptim_args: gama=0.9", r"no argument 'gama' \(did you mean 'gamma'"),
     ("optim: tam\nlearning_rate: -0.1", r"lr must be a number in \[0, inf\), got -0.1"),
     ("optim: adamw_torch\nlearning_rate: -0.1", "learning_rate must be at least 0, got -0.1"),
     ("optim: adatamw\nweight_decay: -1", r"weight_decay must be a number in \[0, inf\)"),

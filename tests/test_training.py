@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from hf_momentum import InputError
 from hf_momentum.cli import main
 from hf_momentum.errors import TrainingStopped
+from hf_momentum.evaluation.plots import DYNAMICS
+from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.training import MomentumTrainer, job, load_recipe
 from tests.conftest import write_rows
 
@@ -114,9 +116,14 @@ def test_summary_says_what_was_learnt_and_where_the_report_lies(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("name", ["tam", "adatam", "adatamw"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_resumed_run_ends_with_the_weights_of_the_uninterrupted_one_bit_for_bit(name, lora, tiny, tmp_path):
-    fields = {"optim": name, "lora": lora, "learning_rate": 0.05 if name == "tam" else 1e-3, "weight_decay": 0.1}
+    fields = {
+        "optim": name,
+        "lora": lora,
+        "learning_rate": 1e-3 if OPTIMIZERS[name].adam_arguments else 0.05,
+        "weight_decay": 0.1,
+    }
     fields |= {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "gradient_accumulation_steps": 2}
     fields |= {"lora_dropout": 0.1}  # dropout too must continue where it was
     straight = run(tiny.words(tmp_path / "straight", **fields))
@@ -125,6 +132,10 @@ def test_resumed_run_ends_with_the_weights_of_the_uninterrupted_one_bit_for_bit(
     )
     ours, theirs = final_weights(resumed.folder), final_weights(straight.folder)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    logged = json.loads((straight.folder / "report.json").read_text())["history"][-2]
+    assert set(OPTIMIZERS[name].cls([torch.zeros(1)]).dynamics()) == set(), "nothing before the first step"
+    assert "effective_lr" in logged and len(set(logged) & set(DYNAMICS)) >= 2, "the report shows its dynamics"
+    assert (straight.folder / "plots" / "dynamics.png").is_file()
     start = final_weights(tmp_path / "straight" / "checkpoint-4")
     assert any(not torch.equal(start[key], theirs[key]) for key in theirs), "the run moved after the checkpoint"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,19 @@ if TYPE_CHECKING:
 DARK, WARM, COOL = "#0072B2", "#E69F00", "#009E73"
 
 # Quantities that optimizers report, with the words and range of their axis.
-DYNAMICS = {
+DYNAMICS: dict[str, tuple[str, tuple[float, float] | None]] = {
     "cosine": ("cosine of m and g", (-1.05, 1.05)),
     "damping": ("damping factor d", (-0.05, 1.05)),
+    "curvature": ("curvature l", None),
+    "beta": ("momentum beta", (-0.05, 1.05)),
+    "mu": ("momentum mu", (-0.05, 1.05)),
+    "damping_ratio": ("damping ratio", None),
+    "measured_curvature": ("curvature L", None),
+    "lr_ratio": ("lr_t / lr", (-0.05, 1.05)),
+    "momentum_norm": ("norm of m", None),
+    "scheduled_momentum": ("scheduled momentum", (-0.05, 1.05)),
+    "effective_lr": ("effective lr", None),
+    "update_norm": ("norm of the update", None),
 }
 
 
@@ -96,12 +107,13 @@ def dynamics_figure(history: Sequence[dict[str, float]]) -> Figure | None:
     logged = [name for name in DYNAMICS if any(name in entry for entry in history)]
     if not logged:
         return None
-    figure = _figure(len(logged), 1, height=1.0 + 2.0 * len(logged))
-    for axes, name, colour in zip(figure.axes, logged, (DARK, COOL), strict=False):
+    figure = _figure(len(logged), 1, height=0.8 + 1.7 * len(logged))
+    for axes, name, colour in zip(figure.axes, logged, cycle((DARK, COOL)), strict=False):
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
         label, limits = DYNAMICS[name]
         axes.plot(*zip(*points, strict=True), color=colour)
         axes.set_ylabel(label)
-        axes.set_ylim(*limits)
+        if limits is not None:
+            axes.set_ylim(*limits)
     figure.axes[-1].set_xlabel("optimizer step")
     return figure

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import torch
 
 from hf_momentum.errors import InputError
-from hf_momentum.optim import TAM, AdaTAM, AdaTAMW
+from hf_momentum.optim import AHBSGD, TAM, AdaTAM, AdaTAMW, AHBAdam, AHBAdamW, CriticalAdamW, CriticalSGD
 
 # Set by the learning-rate and weight-decay arguments that every caller has, so not offered a second time.
 _SET_ELSEWHERE = ("self", "params", "lr", "weight_decay")
@@ -38,7 +38,8 @@ class OptimizerSpec:
         cls: the optimizer class.
         summary: one line for lists.
         source: where the method comes from.
-        adam_arguments: whether `--adam_beta1`, `--adam_beta2` and `--adam_epsilon` mean its `betas` and `eps`.
+        adam_arguments: whether `--adam_beta1`, `--adam_beta2` and `--adam_epsilon` mean its `betas` and `eps`; an
+            optimizer whose first beta is not a constant has `beta2` alone.
 
     Example:
         >>> OPTIMIZERS["tam"].cls.__name__
@@ -56,10 +57,7 @@ class OptimizerSpec:
     @property
     def arguments(self) -> dict[str, Argument]:
         """The hyperparameters beside lr and weight_decay, read off the constructor."""
-        hints = get_type_hints(self.cls.__init__)
-        parameters = inspect.signature(self.cls.__init__).parameters
-        names = [name for name in parameters if name not in _SET_ELSEWHERE]
-        return {name: Argument(name, hints[name], parameters[name].default) for name in names}
+        return arguments_of(self.cls.__init__, without=_SET_ELSEWHERE)
 
     def check(self, kwargs: Mapping[str, Any]) -> None:
         """Raise `InputError` unless the optimizer can be built with `kwargs`.
@@ -84,6 +82,18 @@ class OptimizerSpec:
     def accepted(self) -> str:
         """All arguments with type and default, in one line."""
         return "; ".join(str(argument) for argument in self.arguments.values())
+
+
+def arguments_of(function: Any, without: Iterable[str]) -> dict[str, Argument]:
+    """The parameters of a function that has defaults and annotations, but for those named in `without`.
+
+    Example:
+        >>> def f(a: int = 1, b: float = 2.0): ...
+        >>> print(arguments_of(f, without=["a"])["b"])
+        b: float = 2.0
+    """
+    hints, parameters = get_type_hints(function), inspect.signature(function).parameters
+    return {name: Argument(name, hints[name], parameters[name].default) for name in parameters if name not in without}
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
@@ -128,6 +138,41 @@ OPTIMIZERS: Mapping[str, OptimizerSpec] = _registry(
         source="arXiv 2412.18790",
         adam_arguments=True,
     ),
+    OptimizerSpec(
+        name="ahb_sgd",
+        cls=AHBSGD,
+        summary="Heavy ball whose momentum follows from the curvature that successive gradients see.",
+        source="arXiv 2110.09057",
+        adam_arguments=False,
+    ),
+    OptimizerSpec(
+        name="ahb_adam",
+        cls=AHBAdam,
+        summary="Adam whose first beta is the adaptive heavy ball's, in every step.",
+        source="arXiv 2110.09057",
+        adam_arguments=True,
+    ),
+    OptimizerSpec(
+        name="ahb_adamw",
+        cls=AHBAdamW,
+        summary="AHBAdam with decoupled weight decay.",
+        source="arXiv 2110.09057",
+        adam_arguments=True,
+    ),
+    OptimizerSpec(
+        name="critical_sgd",
+        cls=CriticalSGD,
+        summary="SGD whose momentum follows the learning rate: 1 - 2 sqrt(lr), critical damping.",
+        source="arXiv 2603.28921",
+        adam_arguments=False,
+    ),
+    OptimizerSpec(
+        name="critical_adamw",
+        cls=CriticalAdamW,
+        summary="AdamW whose first beta follows the learning rate in the same way (ours).",
+        source="arXiv 2603.28921",
+        adam_arguments=True,
+    ),
 )
 
 
@@ -141,7 +186,7 @@ def get_spec(name: str) -> OptimizerSpec:
         >>> get_spec("tamm")
         Traceback (most recent call last):
         ...
-        hf_momentum.errors.InputError: unknown optimizer 'tamm' (did you mean 'tam' ...?). Known: tam, adatam, adatamw
+        hf_momentum.errors.InputError: unknown optimizer 'tamm' (did you mean 'tam' ...?). Known: tam, ...
     """
     if name not in OPTIMIZERS:
         raise InputError(f"unknown optimizer {name!r}{nearest(name, OPTIMIZERS)}. Known: {', '.join(OPTIMIZERS)}")

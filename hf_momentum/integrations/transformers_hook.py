@@ -136,7 +136,8 @@ def keyword_arguments(spec: OptimizerSpec, args: Any) -> dict[str, Any]:
     """
     kwargs: dict[str, Any] = {"lr": args.learning_rate}
     if spec.adam_arguments:
-        kwargs |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        offered = {"betas": (args.adam_beta1, args.adam_beta2), "beta2": args.adam_beta2, "eps": args.adam_epsilon}
+        kwargs |= {name: value for name, value in offered.items() if name in spec.arguments}
     kwargs |= parse_optim_args(spec, args.optim_args)
     spec.check({**kwargs, "weight_decay": args.weight_decay})
     return kwargs

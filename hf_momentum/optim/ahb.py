@@ -7,7 +7,7 @@ Reading order: the formula, the update, what the classes share, the three classe
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_momentum.kernels import squared_norms
 from hf_momentum.optim.adam import adam_denominators, adam_directions
 from hf_momentum.optim.arguments import check_bool, check_choice, check_real
-from hf_momentum.optim.base import Bucket, MomentumOptimizer, put
+from hf_momentum.optim.base import Bucket, MomentumOptimizer, mean_of, put
 from hf_momentum.optim.curvature import curvatures, observe_differences, store_displacement
 
 Granularity = Literal["global", "tensor"]
@@ -70,6 +70,14 @@ def ahb_sgd_update_(
     torch._foreach_add_(params, displacements)
 
 
+@runtime_checkable
+class ObservesGradients(Protocol):
+    """An optimizer that wants to see the gradients of a step before they are clipped."""
+
+    def observe_gradients(self) -> None:
+        """Take the gradient differences of the coming step now."""
+
+
 # ---- what the classes share -----------------------------------------------------------------------------------------
 
 
@@ -118,10 +126,12 @@ def _dynamics(groups: list[dict[str, Any]]) -> dict[str, Tensor]:
     stepped = [group for group in groups if "beta" in group]
     if not stepped:
         return {}
-    device = stepped[0]["beta"].device
+    # In the Adam forms m is an average, whose gain is 1; the heavy ball's is 1 / (1 - beta).
+    gains = [torch.ones_like(g["beta"]) if "beta2" in g else 1 / (1 - g["beta"]) for g in stepped]
     return {
-        name: torch.cat([group[name].reshape(-1).to(device) for group in stepped]).nanmean()
-        for name in ("curvature", "beta")
+        "curvature": mean_of([group["curvature"] for group in stepped]),
+        "beta": mean_of([group["beta"] for group in stepped]),
+        "effective_lr": mean_of([gain * group["lr"] for gain, group in zip(gains, stepped, strict=True)]),
     }
 
 
@@ -196,8 +206,10 @@ class AHBSGD(MomentumOptimizer):
         ...     (0.5 * (w * w).sum()).backward()
         ...     optimizer.step()
         >>> {name: round(value.item(), 4) for name, value in optimizer.dynamics().items()}
-        {'curvature': 1.0, 'beta': 0.25}
+        {'curvature': 1.0, 'beta': 0.25, 'effective_lr': 0.3333}
     """
+
+    PER_TENSOR = ("curvature", "beta")
 
     def __init__(
         self,
@@ -242,7 +254,7 @@ class AHBSGD(MomentumOptimizer):
             bucket.store(w)
 
     def dynamics(self) -> dict[str, Tensor]:
-        """`curvature` (l) and `beta` of the last step; means over the tensors for `granularity="tensor"`."""
+        """`curvature` (l), `beta` and `effective_lr` of the last step; means for `granularity="tensor"`."""
         return _dynamics(self.param_groups)
 
 
@@ -292,6 +304,8 @@ class AHBAdam(MomentumOptimizer):
         True
     """
 
+    PER_TENSOR = ("curvature", "beta")
+
     def __init__(
         self,
         params: Any,
@@ -333,7 +347,7 @@ class AHBAdam(MomentumOptimizer):
         _ahb_adam_step(self, buckets)
 
     def dynamics(self) -> dict[str, Tensor]:
-        """`curvature` (l) and `beta` of the last step; means over the tensors for `granularity="tensor"`."""
+        """`curvature` (l), `beta` and `effective_lr` of the last step; means for `granularity="tensor"`."""
         return _dynamics(self.param_groups)
 
 
@@ -365,6 +379,8 @@ class AHBAdamW(MomentumOptimizer):
         >>> w.detach()
         tensor([0.8990])
     """
+
+    PER_TENSOR = ("curvature", "beta")
 
     def __init__(
         self,
@@ -408,7 +424,7 @@ class AHBAdamW(MomentumOptimizer):
         _ahb_adam_step(self, buckets)
 
     def dynamics(self) -> dict[str, Tensor]:
-        """`curvature` (l) and `beta` of the last step; means over the tensors for `granularity="tensor"`."""
+        """`curvature` (l), `beta` and `effective_lr` of the last step; means for `granularity="tensor"`."""
         return _dynamics(self.param_groups)
 
 

@@ -6,7 +6,7 @@ A method's own file holds its mathematics. The one base class here holds the boo
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,11 +55,12 @@ class Bucket:
 
     def vector(self, name: str) -> Tensor:
         """The group's vector `name`, one float64 entry per parameter of the group, zeros at its first use."""
-        vector = self.group.get(name)
+        vector: Tensor | None = self.group.get(name)
         if vector is None:
             vector = torch.zeros(len(self.group["params"]), dtype=sum_dtype(self.device), device=self.device)
-        self.group[name] = vector.to(self.device)  # a loaded state may lie elsewhere
-        return self.group[name]
+        vector = vector.to(self.device)  # a loaded state may lie elsewhere
+        self.group[name] = vector
+        return vector
 
     def scalars(self, values: Tensor) -> Tensor | list[Tensor]:
         """`values`, 0-dim or one per tensor of the bucket, as `_foreach` functions take them."""
@@ -148,6 +149,17 @@ def put(vector: Tensor, positions: list[int], values: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def mean_of(values: list[Tensor]) -> Tensor:
+    """The mean over all entries of 0-dim and 1-D tensors, unknown (NaN) ones left out, on the first one's device.
+
+    Example:
+        >>> mean_of([torch.tensor(1.0), torch.tensor([3.0, torch.nan])])
+        tensor(2.)
+    """
+    device = values[0].device
+    return torch.cat([value.reshape(-1).to(device) for value in values]).nanmean()
+
+
 class MomentumOptimizer(torch.optim.Optimizer):
     """Base of the package's optimizers; not an update rule by itself.
 
@@ -157,6 +169,9 @@ class MomentumOptimizer(torch.optim.Optimizer):
     continue bit for bit. Every number that evolves lives in `state` or in `param_groups`, so that a
     state dict is complete; nothing is created before the first step, because wrappers replace parameters.
     """
+
+    PER_TENSOR: ClassVar[tuple[str, ...]] = ()
+    """Names of the group entries that may hold one value per parameter, for logs."""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._given: set[int] = set()
@@ -235,6 +250,16 @@ class MomentumOptimizer(torch.optim.Optimizer):
     def dynamics(self) -> dict[str, Tensor]:
         """The method's inner quantities after the last step, as 0-dim tensors still on the device; empty before it."""
         return {}
+
+    def tensor_dynamics(self) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """Those of the inner quantities that are kept per parameter: pairs of parameter and 0-dim tensor, by name."""
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for group in self.param_groups:
+            for name in self.PER_TENSOR:
+                vector = group.get(name)
+                if isinstance(vector, Tensor) and vector.dim() == 1:
+                    found.setdefault(name, []).extend(zip(group["params"], vector.unbind(), strict=True))
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of the same algorithm so that training continues bit for bit.

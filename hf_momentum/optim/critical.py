@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_momentum.kernels import squared_norms, sum_dtype
 from hf_momentum.optim.adam import adam_directions
 from hf_momentum.optim.arguments import check_bool, check_choice, check_real
-from hf_momentum.optim.base import Bucket, MomentumOptimizer
+from hf_momentum.optim.base import Bucket, MomentumOptimizer, mean_of
 from hf_momentum.optim.curvature import curvatures, observe_differences, store_displacement
 from hf_momentum.optim.momentum_laws import CRITICAL, FORMULAS, HIGH, LOW
 
@@ -64,9 +64,11 @@ def _dynamics(groups: list[dict[str, Any]]) -> dict[str, Tensor]:
     stepped = [group for group in groups if "mu" in group]
     if not stepped:
         return {}
-    device = stepped[0]["mu"].device
     names = ["mu", "damping_ratio"] + (["measured_curvature"] if "measured_curvature" in stepped[0] else [])
-    return {name: torch.stack([group[name].to(device) for group in stepped]).mean() for name in names}
+    # In AdamW m is an average, whose gain is 1; the heavy ball's is 1 / (1 - mu).
+    gains = [torch.ones_like(g["mu"]) if "beta2" in g else 1 / (1 - g["mu"]) for g in stepped]
+    rates = [gain * group["lr"] for gain, group in zip(gains, stepped, strict=True)]
+    return {name: mean_of([group[name] for group in stepped]) for name in names} | {"effective_lr": mean_of(rates)}
 
 
 def _check_critical(optimizer: MomentumOptimizer, group: Mapping[str, Any], laws: tuple[str, ...]) -> None:
@@ -132,7 +134,7 @@ class CriticalSGD(MomentumOptimizer):
         >>> w.square().sum().backward()
         >>> optimizer.step()
         >>> {name: round(value.item(), 3) for name, value in optimizer.dynamics().items()}
-        {'mu': 0.8, 'damping_ratio': 1.0}
+        {'mu': 0.8, 'damping_ratio': 1.0, 'effective_lr': 0.05}
     """
 
     def __init__(
@@ -177,7 +179,7 @@ class CriticalSGD(MomentumOptimizer):
             _apply(bucket, w, step)
 
     def dynamics(self) -> dict[str, Tensor]:
-        """`mu` and `damping_ratio` of the last step, and `measured_curvature` where it is measured."""
+        """`mu`, `damping_ratio` and `effective_lr` of the last step, and `measured_curvature` where it is measured."""
         return _dynamics(self.param_groups)
 
 
@@ -271,7 +273,7 @@ class CriticalAdamW(MomentumOptimizer):
             _apply(bucket, bucket.weights(), directions)
 
     def dynamics(self) -> dict[str, Tensor]:
-        """`mu` (b1) and `damping_ratio` of the last step, and `measured_curvature` where it is measured."""
+        """`mu` (b1), `damping_ratio`, `effective_lr` of the last step, and `measured_curvature` where measured."""
         return _dynamics(self.param_groups)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from hf_momentum.optim.arguments import check_choice, check_real
 
@@ -164,7 +163,8 @@ class MomentumSchedule:
         total_steps: optimizer steps of the whole training; needed by `onecycle`, `demon` and `hybrid` by fraction.
         curvature: L of the critical laws: a number (default 1, the paper's) or "measured", which takes
             |g_k - g_{k-1}| / |w_k - w_{k-1}|. Measuring keeps two more copies of the weights and reads one number
-            back to the host in each step; `CriticalSGD` and `CriticalAdamW` measure without either.
+            back to the host in each step; `CriticalSGD` and `CriticalAdamW` measure without either. At the
+            first step the optimizer keeps the momentum it has.
         base: the critical law that `hybrid` begins with.
         switch: when `hybrid` becomes constant (the paper's rule is unknown): "crossing" (the law crosses `final`; no
             parameter), "fraction" (of `total_steps`) or "metric" (`report` was given a value of at least `threshold`;
@@ -228,25 +228,49 @@ class MomentumSchedule:
         self.curvature, self.base, self.switch = curvature, base, switch
         self.final, self.fraction, self.threshold = final, fraction, threshold
         self.momentum, self.low, self.high = momentum, low, high
-        self.steps = 0
-        self.switched = False
-        self.measured = 0.0
-        self._previous: dict[Tensor, tuple[Tensor, Tensor]] = {}
-        self._hook = optimizer.register_step_pre_hook(lambda *_: self.before_step())
+        self._pending: dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self.before_step()),
+            optimizer.register_step_post_hook(lambda *_: self.after_step()),
+        ]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What evolves: `steps` taken, whether the hybrid has `switched`, and the `curvature` measured last.
+
+        It lives in the optimizer's first group, so that the optimizer's own state dict carries it and a resumed run
+        goes on where it was: a latched switch stays latched.
+        """
+        start = {"steps": 0, "switched": False, "curvature": None}
+        state: dict[str, Any] = self.optimizer.param_groups[0].setdefault("momentum_schedule", start)
+        return state
 
     def before_step(self) -> None:
         """Set every group's momentum for the step that follows; called by the optimizer."""
-        progress = min(self.steps / self.total_steps, 1.0) if self.total_steps else 0.0
+        state = self.state
+        progress = min(state["steps"] / self.total_steps, 1.0) if self.total_steps else 0.0
         if self.law == "hybrid" and self.switch == "fraction" and progress >= self.fraction:
-            self.switched = True
+            state["switched"] = True
         if self.curvature == "measured":
-            self.measured = self._measure()
+            state["curvature"] = self._measure()
         for group in self.optimizer.param_groups:
-            set_momentum(group, self.value(float(group["lr"]), progress))
-        self.steps += 1
+            mu = self.value(float(group["lr"]), progress)
+            if mu is not None:
+                set_momentum(group, mu)
+        state["steps"] += 1
 
-    def value(self, lr: float, progress: float) -> float:
-        """The momentum at this learning rate and progress in [0, 1]."""
+    def after_step(self) -> None:
+        """Keep gradients and weights from before the step in the optimizer's state; called by the optimizer.
+
+        Only now, because some optimizers take an empty state to mean that they have not begun.
+        """
+        for param, (grad, weight) in self._pending.items():
+            self.optimizer.state[param]["previous_grad"] = grad
+            self.optimizer.state[param]["previous_weight"] = weight
+        self._pending = {}
+
+    def value(self, lr: float, progress: float) -> float | None:
+        """The momentum at this learning rate and progress in [0, 1]; None while the curvature is still unknown."""
         if self.law == "constant":
             return constant(self.momentum)
         if self.law == "demon":
@@ -254,47 +278,43 @@ class MomentumSchedule:
         if self.law == "onecycle":
             bounds = {} if (self.low, self.high) == (LOW, HIGH) else {"low": self.low, "high": self.high}
             return onecycle(progress, **bounds)
-        curvature = self.measured if self.curvature == "measured" else float(self.curvature)
+        curvature = self.state["curvature"] if self.curvature == "measured" else float(self.curvature)
+        if curvature is None:
+            return None
         mu = CRITICAL[self.base if self.law == "hybrid" else self.law](lr, curvature, self.low, self.high)
         if self.law != "hybrid":
             return mu
         if self.switch == "crossing":
             return hybrid_crossing(mu, self.final)
-        return hybrid_switched(mu, self.switched, self.final)
+        return hybrid_switched(mu, self.state["switched"], self.final)
 
     def report(self, metric: float) -> None:
         """Tell switch="metric" a held-out value; once it reaches `threshold`, the switch stays."""
         if self.law == "hybrid" and self.switch == "metric" and self.threshold is not None:
-            self.switched = self.switched or metric >= self.threshold
-
-    def state_dict(self) -> dict[str, Any]:
-        """What evolves: the step count and the latched switch."""
-        return {"steps": self.steps, "switched": self.switched}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        self.steps, self.switched = int(state["steps"]), bool(state["switched"])
+            self.state["switched"] = self.state["switched"] or metric >= self.threshold
 
     def detach(self) -> None:
         """Leave the optimizer alone from now on."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     @torch.no_grad()
-    def _measure(self) -> float:
+    def _measure(self) -> float | None:
+        """|g - g_prev| / |w - w_prev| over everything, or None before there is a displacement."""
         differences, displacements = [], []
         for group in self.optimizer.param_groups:
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                if param in self._previous:
-                    grad, weight = self._previous[param]
-                    differences.append((param.grad - grad).double().square().sum())
-                    displacements.append((param - weight).double().square().sum())
-                self._previous[param] = (param.grad.clone(), param.detach().clone())
+                state = self.optimizer.state.get(param, {})
+                if "previous_grad" in state:
+                    differences.append((param.grad - state["previous_grad"]).double().square().sum())
+                    displacements.append((param - state["previous_weight"]).double().square().sum())
+                self._pending[param] = (param.grad.clone(), param.detach().clone())
         if not differences:
-            return 0.0
+            return None
         sums = torch.stack([torch.stack(differences).sum(), torch.stack(displacements).sum()]).tolist()
-        return math.sqrt(sums[0] / sums[1]) if sums[1] > 0 else 0.0
+        return math.sqrt(sums[0] / sums[1]) if sums[1] > 0 else None
 
 
 def momentum_key(group: Mapping[str, Any]) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_momentum.kernels import alignment_sums
 from hf_momentum.optim.arguments import check_betas, check_bool, check_choice, check_real
-from hf_momentum.optim.base import Bucket, MomentumOptimizer, put, take
+from hf_momentum.optim.base import Bucket, MomentumOptimizer, mean_of, put, take
 
 Granularity = Literal["global", "tensor"]
 
@@ -156,6 +156,9 @@ def damped_scales(
     vector with one entry per parameter. `eps` names the hyperparameter to add.
     """
     sums = [alignment_sums(m, bucket.grads) for m, bucket in zip(momenta, buckets, strict=True)]
+    for bucket, rows in zip(buckets, sums, strict=True):
+        stored = put(bucket.vector("tensor_cosine"), bucket.positions, cosine(rows))
+        bucket.group["tensor_cosine"] = stored  # for logs: which tensors agree with their momentum
     if groups[0]["granularity"] == "global":
         smoothings = _advance_global(groups, sums)
     else:
@@ -190,22 +193,26 @@ def _advance_tensors(bucket: Bucket, rows: Tensor) -> Tensor:
 
 
 def torque_dynamics(groups: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """`cosine` (S) and `damping` (d) after the last step; means over the tensors for `granularity="tensor"`."""
+    """`cosine` (S), `damping` (d) and `effective_lr` after the last step; means for `granularity="tensor"`.
+
+    The effective learning rate is that of plain gradient descent with the same stationary step, lr d / (1 - beta);
+    for AdaTAM that of Adam, where `ema` has the 1 - beta already.
+    """
     stepped = [group for group in groups if "cosine" in group]
     if not stepped:
         return {}
-    if groups[0]["granularity"] == "global":
-        stepped = stepped[:1]
-    device = stepped[0]["cosine"].device
-    cos = torch.cat([group["cosine"].reshape(-1).to(device) for group in stepped])
-    factors = [
-        damping(group["smoothed_cosine"])
-        if group["fixed_damping"] is None
-        else torch.full_like(group["cosine"], group["fixed_damping"])
-        for group in stepped
+    d = [_damping_of(group) for group in stepped]
+    gains = [
+        1.0 if group.get("ema") else 1 / (1 - group.get("momentum", group.get("betas", (0,))[0])) for group in stepped
     ]
-    d = torch.cat([factor.reshape(-1).to(device) for factor in factors])
-    return {"cosine": cos.mean(), "damping": d.mean()}
+    rates = [di * (group["lr"] * gain) for di, group, gain in zip(d, stepped, gains, strict=True)]
+    cosines = [group["cosine"] for group in stepped]
+    return {"cosine": mean_of(cosines), "damping": mean_of(d), "effective_lr": mean_of(rates)}
+
+
+def _damping_of(group: dict[str, Any]) -> Tensor:
+    fixed = group["fixed_damping"]
+    return damping(group["smoothed_cosine"]) if fixed is None else torch.full_like(group["cosine"], fixed)
 
 
 def _check_torque(optimizer: MomentumOptimizer, group: Mapping[str, Any], beta: float) -> None:
@@ -292,8 +299,10 @@ class TAM(MomentumOptimizer):
         >>> w.detach()
         tensor([ 0.7145, -1.4290])
         >>> {name: round(value.item(), 3) for name, value in optimizer.dynamics().items()}
-        {'cosine': 1.0, 'damping': 0.595}
+        {'cosine': 1.0, 'damping': 0.595, 'effective_lr': 0.595}
     """
+
+    PER_TENSOR = ("tensor_cosine", "smoothed_cosine")
 
     def __init__(
         self,
@@ -339,7 +348,7 @@ class TAM(MomentumOptimizer):
             bucket.store(w)
 
     def dynamics(self) -> dict[str, Tensor]:
-        """`cosine` (S) and `damping` (d) after the last step."""
+        """`cosine` (S), `damping` (d) and `effective_lr` after the last step."""
         return torque_dynamics(self.param_groups)
 
 
@@ -393,6 +402,8 @@ class AdaTAM(MomentumOptimizer):
         tensor([ 0.8419, -1.8419])
     """
 
+    PER_TENSOR = ("tensor_cosine", "smoothed_cosine")
+
     def __init__(
         self,
         params: Any,
@@ -433,7 +444,7 @@ class AdaTAM(MomentumOptimizer):
         adatam_step(self.param_groups, buckets)
 
     def dynamics(self) -> dict[str, Tensor]:
-        """`cosine` (S) and `damping` (d) after the last step."""
+        """`cosine` (S), `damping` (d) and `effective_lr` after the last step."""
         return torque_dynamics(self.param_groups)
 
 
@@ -473,6 +484,8 @@ class AdaTAMW(MomentumOptimizer):
         >>> w.detach()
         tensor([ 0.8409, -1.8399])
     """
+
+    PER_TENSOR = ("tensor_cosine", "smoothed_cosine")
 
     def __init__(
         self,
@@ -514,7 +527,7 @@ class AdaTAMW(MomentumOptimizer):
         adatam_step(self.param_groups, buckets)
 
     def dynamics(self) -> dict[str, Tensor]:
-        """`cosine` (S) and `damping` (d) after the last step."""
+        """`cosine` (S), `damping` (d) and `effective_lr` after the last step."""
         return torque_dynamics(self.param_groups)
 
 

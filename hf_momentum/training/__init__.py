@@ -1,7 +1,7 @@
 """Recipes, Trainer subclasses, callbacks and the main job."""
 
 from hf_momentum.training.arguments import DataArguments, ModelArguments, MomentumTrainingArguments, PeftArguments
-from hf_momentum.training.callbacks import DynamicsCallback, FiniteCheckpointCallback
+from hf_momentum.training.callbacks import DynamicsCallback, FiniteCheckpointCallback, MomentumScheduleCallback
 from hf_momentum.training.recipe import Recipe, load_recipe
 from hf_momentum.training.trainer import MomentumTrainer
 
@@ -10,6 +10,7 @@ __all__ = [
     "DynamicsCallback",
     "FiniteCheckpointCallback",
     "ModelArguments",
+    "MomentumScheduleCallback",
     "MomentumTrainer",
     "MomentumTrainingArguments",
     "PeftArguments",

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_momentum.integrations import OPTIMIZERS
+from hf_momentum.training.callbacks import parse_schedule
 
 
 @dataclass
@@ -117,6 +118,23 @@ class MomentumTrainingArguments(TrainingArguments):
     log_dynamics: bool = field(
         default=True, metadata={"help": "Log the optimizer's inner quantities (TAM: cosine, damping) with the loss."}
     )
+    log_dynamics_per_layer: bool = field(
+        default=False, metadata={"help": "Log those that are kept for each parameter under its name, too."}
+    )
+    log_update_norm: bool = field(
+        default=False,
+        metadata={"help": "Log the norm of the weights' update; holds a copy of the trained weights at logged steps."},
+    )
+    momentum_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "A law for the momentum of any optimizer: critical, critical_exact, critical_nesterov, hybrid, "
+            "constant, onecycle or demon."
+        },
+    )
+    momentum_schedule_args: str | None = field(
+        default=None, metadata={"help": "Its arguments, as in switch=fraction,fraction=0.6 or curvature=measured."}
+    )
 
     def __post_init__(self) -> None:
         """Accept registered names without transformers' table, and CPU processes without a flag."""
@@ -132,6 +150,11 @@ class MomentumTrainingArguments(TrainingArguments):
         super().__post_init__()
         if known:
             self.optim = name
+        if self.momentum_schedule is None:
+            if self.momentum_schedule_args:
+                raise ValueError("momentum_schedule_args is given, but no momentum_schedule")
+        else:
+            parse_schedule(self.momentum_schedule, self.momentum_schedule_args)
 
 
 def _known_to_transformers(name: str) -> bool:

@@ -92,6 +92,11 @@ def train(recipe: Recipe) -> Outcome:
         eval_dataset=validation.examples if validation else None,
         data_collator=default_data_collator if language else DataCollatorWithPadding(base.tokenizer),
         processing_class=base.tokenizer,
+        compute_metrics=lambda output: {
+            name: float(metric(output.predictions.astype(np.float64).sum(0)))
+            for name, metric in metrics_of(recipe.model.task, 1.0).items()
+            if name == "accuracy"
+        },
         preprocess_logits_for_metrics=lambda logits, labels: statistics(
             logits[0] if isinstance(logits, tuple) else logits, labels
         ),

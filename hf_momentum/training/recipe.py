@@ -14,14 +14,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
+import torch
 import yaml
 from transformers import HfArgumentParser
+from transformers.trainer_optimizer import is_optimizer_factory
 
 from hf_momentum.errors import InputError
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.integrations.registry import nearest
 from hf_momentum.integrations.transformers_hook import keyword_arguments
+from hf_momentum.optim.momentum_laws import momentum_key
 from hf_momentum.training.arguments import DataArguments, ModelArguments, MomentumTrainingArguments, PeftArguments
+from hf_momentum.training.trainer import MomentumTrainer
 
 OFFLINE_RECIPE = "recipes/quickstart.yaml"
 _DATACLASSES = (ModelArguments, DataArguments, PeftArguments, MomentumTrainingArguments)
@@ -214,6 +218,8 @@ def _check(recipe: Recipe) -> None:
     name = recipe.training.optim
     if name in OPTIMIZERS:
         keyword_arguments(OPTIMIZERS[name], recipe.training)
+    if recipe.training.momentum_schedule is not None:
+        _check_momentum(recipe.training)
     at_least_one = {
         "block_size": recipe.data.block_size,
         "max_train_examples": recipe.data.max_train_examples,
@@ -233,6 +239,18 @@ def _check(recipe: Recipe) -> None:
         raise InputError(f"lora_dropout must be in [0, 1), got {recipe.peft.lora_dropout}")
     if recipe.training.learning_rate < 0:
         raise InputError(f"learning_rate must be at least 0, got {recipe.training.learning_rate}")
+
+
+def _check_momentum(training: MomentumTrainingArguments) -> None:
+    """Refuse a momentum schedule on an optimizer without momentum before anything is loaded."""
+    cls, kwargs = MomentumTrainer.get_optimizer_cls_and_kwargs(training)
+    if not is_optimizer_factory(cls):
+        optimizer = cls([torch.zeros(1, requires_grad=True)], **kwargs)
+        if momentum_key(optimizer.param_groups[0]) is None:
+            raise InputError(
+                f"momentum_schedule {training.momentum_schedule}: {cls.__name__} has neither momentum nor betas to "
+                "schedule"
+            )
 
 
 def _one_line(error: Exception) -> str:

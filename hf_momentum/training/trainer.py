@@ -12,16 +12,23 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_momentum.errors import TrainingStopped
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.integrations.transformers_hook import from_training_arguments
+from hf_momentum.optim.ahb import ObservesGradients
 from hf_momentum.training.arguments import MomentumTrainingArguments
-from hf_momentum.training.callbacks import DynamicsCallback, FiniteCheckpointCallback
+from hf_momentum.training.callbacks import (
+    DynamicsCallback,
+    FiniteCheckpointCallback,
+    MomentumScheduleCallback,
+    unwrapped,
+)
 
 
 class MomentumTrainer(Trainer):
-    """transformers' Trainer with four additions.
+    """transformers' Trainer with five additions.
 
     Registered optimizer names work without touching transformers' private tables; the optimizer's inner quantities
     are logged with the loss; a non-finite loss stops the run at once, before the weights move, and weights that are
-    not finite are never saved; and evaluating before training leaves the processes synchronised.
+    not finite are never saved; evaluating before training leaves the processes synchronised;
+    and AHB's optimizers take their gradient differences before gradients are clipped.
 
     Args: those of `transformers.Trainer`.
 
@@ -36,8 +43,14 @@ class MomentumTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(FiniteCheckpointCallback())
-        if not isinstance(self.args, MomentumTrainingArguments) or self.args.log_dynamics:
+        args_ = self.args
+        if not isinstance(args_, MomentumTrainingArguments):
             DynamicsCallback().attach(self)
+            return
+        if args_.log_dynamics:
+            DynamicsCallback(args_.log_dynamics_per_layer, args_.log_update_norm).attach(self)
+        if args_.momentum_schedule is not None:
+            self.add_callback(MomentumScheduleCallback(args_.momentum_schedule, args_.momentum_schedule_args))
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
@@ -76,4 +89,7 @@ class MomentumTrainer(Trainer):
                 f"loss is {value} at step {self.state.global_step + 1}; the step was not taken. "
                 f"Last good checkpoint: {kept or 'none'}. Lower learning_rate, set max_grad_norm, or look at that batch"
             )
+        base = unwrapped(self.optimizer)
+        if isinstance(base, ObservesGradients) and self.accelerator.sync_gradients and self.accelerator.scaler is None:
+            base.observe_gradients()  # the gradients are whole and not clipped yet; under a scaler they are scaled
         return loss
