@@ -1,4 +1,4 @@
-"""What an optimizer knows of itself reaches the log once per logging step, and a momentum schedule survives a resume."""
+"""An optimizer's inner quantities reach the log once per logging step, and a momentum schedule survives a resume."""
 
 import itertools
 import json

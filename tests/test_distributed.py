@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.training import job, load_recipe
 from tests.test_training import final_weights
 
@@ -19,6 +20,8 @@ CONFIG = ROOT / "accelerate_configs" / "ddp.yaml"
 pytestmark = pytest.mark.xdist_group("two processes")
 
 CASES = [(name, lora) for name in ("tam", "adatam", "adatamw") for lora in (False, True)]
+CASES += [(name, False) for name in OPTIMIZERS if name not in ("tam", "adatam", "adatamw")]
+RATES = {"adatam": 1e-4, "adatamw": 1e-4}  # their steps are about ten times Adam's at the start
 STEPS, HALF = 20, 10
 
 
@@ -55,7 +58,12 @@ TWO = {"per_device_train_batch_size": 2, "use_cpu": None}
 
 def words(tiny, folder: Path, kind: str, case, **fields) -> list[str]:
     name, lora = case
-    common = {"optim": name, "lora": lora, "learning_rate": 0.05 if name == "tam" else 1e-4, "weight_decay": 0.1}
+    common = {
+        "optim": name,
+        "lora": lora,
+        "learning_rate": 1e-4 if OPTIMIZERS[name].adam_arguments else 0.05,
+        "weight_decay": 0.1,
+    }
     # 16 examples: batches of 4 fill every epoch. A last, smaller batch would be topped up by Accelerate.
     common |= {"max_train_examples": 16, "max_steps": STEPS, "save_strategy": "steps", "save_steps": HALF}
     return tiny.words(folder / kind / label(*case), **{**common, "max_grad_norm": 1.0, **fields})
