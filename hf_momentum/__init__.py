@@ -27,6 +27,8 @@ from hf_momentum.optim import (
     CriticalAdamW,
     CriticalSGD,
     MomentumSchedule,
+    VRAdam,
+    VRMomentum,
 )
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ __all__ = [
     "MomentumSchedule",
     "MomentumTrainer",
     "MomentumTrainingArguments",
+    "VRAdam",
+    "VRMomentum",
     "create_optimizer",
     "optimizer_cls_and_kwargs",
 ]

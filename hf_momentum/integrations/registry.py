@@ -10,7 +10,18 @@ from typing import Any, get_type_hints
 import torch
 
 from hf_momentum.errors import InputError
-from hf_momentum.optim import AHBSGD, TAM, AdaTAM, AdaTAMW, AHBAdam, AHBAdamW, CriticalAdamW, CriticalSGD
+from hf_momentum.optim import (
+    AHBSGD,
+    TAM,
+    AdaTAM,
+    AdaTAMW,
+    AHBAdam,
+    AHBAdamW,
+    CriticalAdamW,
+    CriticalSGD,
+    VRAdam,
+    VRMomentum,
+)
 
 # Set by the learning-rate and weight-decay arguments that every caller has, so not offered a second time.
 _SET_ELSEWHERE = ("self", "params", "lr", "weight_decay")
@@ -172,6 +183,20 @@ OPTIMIZERS: Mapping[str, OptimizerSpec] = _registry(
         summary="AdamW whose first beta follows the learning rate in the same way (ours).",
         source="arXiv 2603.28921",
         adam_arguments=True,
+    ),
+    OptimizerSpec(
+        name="vradam",
+        cls=VRAdam,
+        summary="AdamW whose learning rate falls with the norm of the momentum (velocity regularisation).",
+        source="arXiv 2505.13196",
+        adam_arguments=True,
+    ),
+    OptimizerSpec(
+        name="vrmomentum",
+        cls=VRMomentum,
+        summary="The same without the preconditioner: averaged momentum whose learning rate falls with its norm.",
+        source="arXiv 2505.13196",
+        adam_arguments=False,
     ),
 )
 

@@ -5,6 +5,7 @@ from hf_momentum.optim.base import MomentumOptimizer
 from hf_momentum.optim.critical import CriticalAdamW, CriticalSGD
 from hf_momentum.optim.momentum_laws import MomentumSchedule
 from hf_momentum.optim.tam import TAM, AdaTAM, AdaTAMW
+from hf_momentum.optim.vradam import VRAdam, VRMomentum
 
 __all__ = [
     "AHBSGD",
@@ -17,4 +18,6 @@ __all__ = [
     "CriticalSGD",
     "MomentumOptimizer",
     "MomentumSchedule",
+    "VRAdam",
+    "VRMomentum",
 ]

@@ -283,3 +283,84 @@ def critical_adamw(
         for wi, mi, pi, vi, ti in zip(w, m, product, v, t, strict=True)
     ]
     return w, m, v, product
+
+
+def gates_of(x: Tensors, beta3: float, alpha1: float, scope: str, group: list[int] | None = None) -> Tensors:
+    """lr_t / lr of each tensor: 1 / (1 + min(beta3 |x|^2, alpha1)), the norm over all, its group, or itself.
+
+    Example:
+        >>> gates_of([torch.tensor([1.0]), torch.tensor([1.0, 1.0])], 1.0, 10.0, "tensor")
+        [tensor(0.5000), tensor(0.3333)]
+    """
+    n = len(x)
+    piece = {"global": [0] * n, "group": group or [0] * n, "tensor": list(range(n))}[scope]
+    squared = [(flat([x[j] for j in range(n) if piece[j] == piece[i]]) ** 2).sum() for i in range(n)]
+    return [1 / (1 + torch.clamp(beta3 * s, max=alpha1)) for s in squared]
+
+
+def vradam(
+    w: Tensors,
+    g: Tensors,
+    m: Tensors,
+    v: Tensors,
+    t: list[int],
+    *,
+    lr: float,
+    b1: float,
+    b2: float,
+    eps: float,
+    beta3: float,
+    alpha1: float,
+    wd: float = 0.0,
+    scope: str = "global",
+    norm_of: str = "momentum",
+    group: list[int] | None = None,
+) -> tuple[Tensors, Tensors, Tensors, Tensors]:
+    """One step of VRAdam: the new w, m, v, and lr_t / lr of each tensor.
+
+    t holds each tensor's step from 1, and `group` its group's number, for the norm over groups.
+
+    Example:
+        >>> one, zero = torch.ones(1), torch.zeros(1)
+        >>> w, m, v, ratio = vradam([one], [one], [zero], [zero], [1], lr=0.5, b1=0.0, b2=0.99, eps=0.0, beta3=1.0,
+        ...                         alpha1=10.0)
+        >>> w, ratio
+        ([tensor([0.7500])], [tensor(0.5000)])
+    """
+    m = [b1 * mi + (1 - b1) * gi for mi, gi in zip(m, g, strict=True)]
+    v = [b2 * vi + (1 - b2) * gi**2 for vi, gi in zip(v, g, strict=True)]
+    m_hat = [mi / (1 - b1**ti) for mi, ti in zip(m, t, strict=True)]
+    v_hat = [vi / (1 - b2**ti) for vi, ti in zip(v, t, strict=True)]
+    u = [mi / (torch.sqrt(vi) + eps) for mi, vi in zip(m_hat, v_hat, strict=True)]
+    ratio = gates_of(m if norm_of == "momentum" else u, beta3, alpha1, scope, group)
+    lr_t = [lr * k for k in ratio]
+    w = [wi * (1 - a * wd) - a * ui for wi, a, ui in zip(w, lr_t, u, strict=True)]
+    return w, m, v, ratio
+
+
+def vrmomentum(
+    w: Tensors,
+    g: Tensors,
+    m: Tensors,
+    *,
+    lr: float,
+    b: float,
+    beta3: float,
+    alpha1: float,
+    wd: float = 0.0,
+    scope: str = "global",
+    group: list[int] | None = None,
+) -> tuple[Tensors, Tensors, Tensors]:
+    """One step of VRMomentum: the new w and m, and lr_t / lr of each tensor.
+
+    Example:
+        >>> w, m, ratio = vrmomentum([torch.ones(1)], [torch.ones(1)], [torch.zeros(1)], lr=1.0, b=0.5, beta3=4.0,
+        ...                          alpha1=10.0)
+        >>> w, m, ratio
+        ([tensor([0.7500])], [tensor([0.5000])], [tensor(0.5000)])
+    """
+    m = [b * mi + (1 - b) * gi for mi, gi in zip(m, g, strict=True)]
+    ratio = gates_of(m, beta3, alpha1, scope, group)
+    lr_t = [lr * k for k in ratio]
+    w = [wi * (1 - a * wd) - a * mi for wi, a, mi in zip(w, lr_t, m, strict=True)]
+    return w, m, ratio

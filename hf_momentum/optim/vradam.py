@@ -1,0 +1,394 @@
+"""Velocity-regularised steps: VRAdam and VRMomentum (arXiv 2505.13196).
+
+The learning rate is divided by one plus the squared norm of the momentum, so that a fast optimizer brakes. The gate,
+lr_t / lr, is all there is to the method: with `beta3=0` it is 1, and VRAdam is AdamW.
+
+Reading order: the gate, the updates on lists of tensors, what joins the gate over the scope, the two classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hf_momentum.kernels import squared_norms, sum_dtype
+from hf_momentum.optim.adam import adam_denominators
+from hf_momentum.optim.arguments import check_betas, check_bool, check_choice, check_real
+from hf_momentum.optim.base import Bucket, MomentumOptimizer, mean_of, put
+
+NormScope = Literal["global", "group", "tensor"]
+NormOf = Literal["momentum", "update"]
+
+
+# ---- the formula --------------------------------------------------------------------------------------------
+
+
+def gate(squared_norm: Tensor, beta3: float, alpha1: float) -> Tensor:
+    """lr_t / lr = 1 / (1 + min(beta3 |m|^2, alpha1)), in [1 / (1 + alpha1), 1]; NaN stays NaN.
+
+    Example:
+        >>> gate(torch.tensor([0.0, 1.0, 50.0]), beta3=1.0, alpha1=9.0)
+        tensor([1.0000, 0.5000, 0.1000])
+    """
+    if beta3 == 0:
+        return torch.ones_like(squared_norm)  # 0 times a norm that overflowed would be NaN
+    return 1 / (1 + (beta3 * squared_norm).clamp(max=alpha1))
+
+
+# ---- the updates, in place on lists of tensors --------------------------------------------------------------
+
+
+def average_(moments: list[Tensor], grads: list[Tensor], beta: float) -> None:
+    """m = beta m + (1 - beta) g.
+
+    Example:
+        >>> m = [torch.ones(2)]
+        >>> average_(m, [torch.zeros(2)], 0.75)
+        >>> m
+        [tensor([0.7500, 0.7500])]
+    """
+    torch._foreach_mul_(moments, beta)
+    torch._foreach_add_(moments, grads, alpha=1 - beta)
+
+
+def average_squares_(moments: list[Tensor], grads: list[Tensor], beta: float) -> None:
+    """v = beta v + (1 - beta) g^2.
+
+    Example:
+        >>> v = [torch.ones(2)]
+        >>> average_squares_(v, [torch.full((2,), 3.0)], 0.75)
+        >>> v
+        [tensor([3., 3.])]
+    """
+    torch._foreach_mul_(moments, beta)
+    torch._foreach_addcmul_(moments, grads, grads, value=1 - beta)
+
+
+def step_directions(
+    first_moments: list[Tensor],
+    second_moments: list[Tensor],
+    steps: Sequence[float],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+) -> list[Tensor]:
+    """u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps), as new tensors; `steps` are each tensor's t from 1.
+
+    Example:
+        >>> step_directions([torch.tensor([0.5])], [torch.tensor([0.25])], [1.0], betas=(0.5, 0.75), eps=0.0)
+        [tensor([1.])]
+    """
+    beta1, beta2 = betas
+    directions = list(torch._foreach_div(first_moments, adam_denominators(second_moments, steps, beta2=beta2, eps=eps)))
+    torch._foreach_div_(directions, [1 - beta1**t for t in steps])
+    return directions
+
+
+def vr_update_(
+    params: list[Tensor], directions: list[Tensor], rate: Tensor | list[Tensor], shrink: Tensor | list[Tensor] | None
+) -> None:
+    """w = (1 - lr_t wd) w - lr_t u; `rate` is lr_t and `shrink` is 1 - lr_t wd, one for all or one per tensor.
+
+    Example:
+        >>> w = [torch.ones(2)]
+        >>> vr_update_(w, [torch.ones(2)], torch.tensor(0.25), torch.tensor(0.5))
+        >>> w
+        [tensor([0.2500, 0.2500])]
+    """
+    # lr_t lives on the device, so it multiplies as a tensor: `alpha=` would have to know its value.
+    if shrink is not None:
+        torch._foreach_mul_(params, shrink)
+    torch._foreach_sub_(params, torch._foreach_mul(directions, rate))
+
+
+# ---- what the classes share: one gate over everything, one per group, or one per tensor ----------------------
+
+
+def pooled(buckets: list[Bucket], rows: list[Tensor], scope: NormScope) -> list[Tensor]:
+    """Squared norms over the scope of each bucket, from those of its tensors: 0-dim, or one per tensor."""
+    if scope == "tensor":
+        return rows
+    keys = [id(bucket.group) if scope == "group" else 0 for bucket in buckets]
+    totals: dict[int, Tensor] = {}
+    for key, row in zip(keys, rows, strict=True):
+        total = row.sum()
+        totals[key] = totals[key] + total.to(totals[key].device) if key in totals else total
+    return [totals[key] for key in keys]
+
+
+def advance_gates(
+    groups: list[dict[str, Any]], buckets: list[Bucket], momenta: list[Tensor], gated: list[Tensor]
+) -> list[Tensor]:
+    """lr_t / lr for each bucket, 0-dim or one per tensor; kept with |m| as `lr_ratio` and `momentum_norm`.
+
+    Args:
+        groups: all parameter groups.
+        buckets: the parameters that have a gradient.
+        momenta: the squared norms of the first moments, one vector per bucket.
+        gated: the squared norms that the gate takes, likewise.
+    """
+    scope = groups[0]["norm_scope"]
+    norms = [square.sqrt() for square in pooled(buckets, momenta, scope)]
+    squares = pooled(buckets, gated, scope)
+    ratios = [gate(x, b.group["beta3"], b.group["alpha1"]) for b, x in zip(buckets, squares, strict=True)]
+    if scope == "global":  # also for groups without a gradient in this step
+        for group in groups:
+            group["lr_ratio"], group["momentum_norm"] = ratios[0], norms[0]
+        return ratios
+    for bucket, ratio, norm in zip(buckets, ratios, norms, strict=True):
+        group = bucket.group
+        if scope == "group":
+            group["lr_ratio"], group["momentum_norm"] = ratio, norm
+            continue
+        if "lr_ratio" not in group:  # a parameter that never had a gradient has m = 0, so its gate is 1
+            count, dtype = len(group["params"]), sum_dtype(bucket.device)
+            group["lr_ratio"] = torch.ones(count, dtype=dtype, device=bucket.device)
+        group["lr_ratio"] = put(bucket.vector("lr_ratio"), bucket.positions, ratio)
+        group["momentum_norm"] = put(bucket.vector("momentum_norm"), bucket.positions, norm)
+    return ratios
+
+
+def descend(bucket: Bucket, directions: list[Tensor], ratio: Tensor) -> None:
+    """Update the bucket's weights along `directions` at the gated learning rate."""
+    weights, wd = bucket.weights(), bucket.group["weight_decay"]
+    rate = bucket.group["lr"] * ratio
+    vr_update_(weights, directions, bucket.scalars(rate), bucket.scalars(1 - rate * wd) if wd else None)
+    bucket.store(weights)
+
+
+def gate_dynamics(groups: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """`lr_ratio`, `momentum_norm` and `effective_lr` (lr_t) after the last step; means where there are several."""
+    stepped = [group for group in groups if "lr_ratio" in group]
+    if not stepped:
+        return {}
+    return {
+        "lr_ratio": mean_of([group["lr_ratio"] for group in stepped]),
+        "momentum_norm": mean_of([group["momentum_norm"] for group in stepped]),
+        "effective_lr": mean_of([group["lr"] * group["lr_ratio"] for group in stepped]),
+    }
+
+
+def check_gate(optimizer: MomentumOptimizer, group: Mapping[str, Any], shared: tuple[str, ...]) -> None:
+    """Validate what both classes have; the arguments named in `shared` enter the one gate of the global scope."""
+    owner = type(optimizer).__name__
+    check_real(owner, "lr", group["lr"], 0)
+    check_real(owner, "beta3", group["beta3"], 0, hint="about 1 / |m|^2; 0 switches the gate off")
+    check_real(owner, "alpha1", group["alpha1"], 0)
+    check_real(owner, "weight_decay", group["weight_decay"], 0)
+    check_choice(owner, "norm_scope", group["norm_scope"], ("global", "group", "tensor"))
+    check_bool(owner, "maximize", group["maximize"])
+    for other in optimizer.param_groups:
+        if other["norm_scope"] != group["norm_scope"]:
+            raise ValueError(f"{owner}: norm_scope must be the same in all groups, got {group['norm_scope']!r}")
+        for name in shared if group["norm_scope"] == "global" else ():
+            if other[name] != group[name]:
+                raise ValueError(
+                    f"{owner}: with norm_scope='global' one gate serves the whole model, so {name} must be the same "
+                    f"in all groups; got {group[name]!r} beside {other[name]!r}"
+                )
+
+
+# ---- the optimizers -----------------------------------------------------------------------------------------
+
+
+class VRAdam(MomentumOptimizer):
+    r"""Velocity-regularised Adam: AdamW whose learning rate shrinks as the momentum grows.
+
+    The recurrence, for step t from 1, with m = 0 and v = 0 at the start:
+
+        m    = b1 m + (1 - b1) g
+        v    = b2 v + (1 - b2) g^2
+        lr_t = lr / (1 + min(beta3 |m|^2, alpha1))     the m just updated, before bias correction
+        u    = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+        w    = (1 - lr_t wd) w - lr_t u
+
+    |m| is one norm over everything that has a gradient in this step (`norm_scope="global"`), over each group or over
+    each tensor. Its sum is formed in float64; lr_t stays on the device and within [lr / (1 + alpha1), lr].
+
+    Learning rate: `lr` is an ordinary key of the group, so any scheduler works. With a stationary gate,
+    `lr = lr_AdamW / lr_ratio`.
+
+    Args:
+        params: parameters, named parameters or groups, as for any `torch.optim.Optimizer`.
+        lr: learning rate, >= 0. Default 1e-3.
+        betas: b1 and b2, each in [0, 1). Default (0.9, 0.999).
+        eps: added to sqrt(v), >= 0. Default 1e-8.
+        beta3: the strength of the gate, >= 0. Default 1. About 1 / |m|^2 makes it act; 0 is AdamW. The same in all
+            groups if global.
+        alpha1: the largest braking, >= 0. Default 10, as in the authors' current code (19 in their earlier code). The
+            same in all groups if global.
+        weight_decay: wd, >= 0, decoupled. Default 0.01, as in `torch.optim.AdamW` (our choice).
+        norm_scope: `"global"` (default): one gate, however the parameters are split into groups; `"group"` or
+            `"tensor"`: one for each. The same in all groups.
+        norm_of: whose norm the gate takes: `"momentum"` (default, the paper's m) or `"update"` (ours: u, which does
+            not change when the loss is scaled). |u|^2 grows with the number of parameters, so `beta3` must then be
+            about one over that number. The same in all groups if global.
+        maximize: ascend instead of descend. Default False.
+
+    State: `exp_avg` and `exp_avg_sq` per parameter (float32 for half-precision weights) and `step`; in the groups
+    `lr_ratio` (lr_t / lr) and `momentum_norm` (|m|, whatever `norm_of`) of the last step: 0-dim, or one entry per
+    parameter for `norm_scope="tensor"`.
+
+    Cost: two buffers of the size of the weights, as Adam; one more read of the first moment per step. With
+    `norm_of="update"`, u is formed twice.
+
+    Caveats: the gate is not scale-invariant. Scaling the loss or clipping gradients changes it: clipped at norm 1 and
+    with `beta3=1` it stays above 1/2. Parameters without a gradient take no part in the step, nor in the norm.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+
+    Source: VRAdam, arXiv 2505.13196.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = VRAdam([w], lr=0.1, beta3=4.0)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     (0.5 * (w * w).sum()).backward()
+        ...     optimizer.step()
+        >>> w.detach()
+        tensor([ 0.8131, -1.8110])
+        >>> {name: round(value.item(), 3) for name, value in optimizer.dynamics().items()}
+        {'lr_ratio': 0.429, 'momentum_norm': 0.576, 'effective_lr': 0.043}
+    """
+
+    PER_TENSOR = ("lr_ratio", "momentum_norm")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        beta3: float = 1.0,
+        alpha1: float = 10.0,
+        weight_decay: float = 1e-2,
+        norm_scope: NormScope = "global",
+        norm_of: NormOf = "momentum",
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "beta3": beta3,
+            "alpha1": alpha1,
+            "weight_decay": weight_decay,
+            "norm_scope": norm_scope,
+            "norm_of": norm_of,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def _check(self, group: Mapping[str, Any]) -> None:
+        check_betas("VRAdam", group["betas"])
+        check_real("VRAdam", "eps", group["eps"], 0)
+        check_choice("VRAdam", "norm_of", group["norm_of"], ("momentum", "update"))
+        check_gate(self, group, shared=("beta3", "alpha1", "norm_of"))
+
+    def _update(self, buckets: list[Bucket]) -> None:
+        steps = [bucket.count_steps() for bucket in buckets]
+        for bucket in buckets:
+            beta1, beta2 = bucket.group["betas"]
+            average_(bucket.buffers("exp_avg"), bucket.grads, beta1)
+            average_squares_(bucket.buffers("exp_avg_sq"), bucket.grads, beta2)
+        momenta = [squared_norms(bucket.buffers("exp_avg")) for bucket in buckets]
+        gated = list(momenta)
+        for i, bucket in enumerate(buckets):
+            if bucket.group["norm_of"] == "update":
+                gated[i] = squared_norms(self._directions(bucket, steps[i]))
+        ratios = advance_gates(self.param_groups, buckets, momenta, gated)
+        for bucket, counts, ratio in zip(buckets, steps, ratios, strict=True):
+            # Formed anew for one bucket at a time: u of the whole model would be a third buffer.
+            descend(bucket, self._directions(bucket, counts), ratio)
+
+    @staticmethod
+    def _directions(bucket: Bucket, steps: Sequence[float]) -> list[Tensor]:
+        m, v = bucket.buffers("exp_avg"), bucket.buffers("exp_avg_sq")
+        return step_directions(m, v, steps, betas=bucket.group["betas"], eps=bucket.group["eps"])
+
+    def dynamics(self) -> dict[str, Tensor]:
+        """`lr_ratio` (lr_t / lr), `momentum_norm` (|m|) and `effective_lr` (lr_t) after the last step."""
+        return gate_dynamics(self.param_groups)
+
+
+class VRMomentum(MomentumOptimizer):
+    r"""Velocity-regularised momentum: VRAdam's gate without its preconditioner, the form of the paper's theory.
+
+        m    = b m + (1 - b) g
+        lr_t = lr / (1 + min(beta3 |m|^2, alpha1))     the m just updated
+        w    = (1 - lr_t wd) w - lr_t m
+
+    Learning rate: m is an average, so `lr = lr_SGD / (1 - b)` of `torch.optim.SGD` with momentum b, ten times it for
+    b = 0.9, and that over `lr_ratio`.
+
+    Args:
+        params: parameters, named parameters or groups, as for any `torch.optim.Optimizer`.
+        lr: learning rate, >= 0. Default 1e-3.
+        momentum: b, in [0, 1). Default 0.9.
+        beta3: the strength of the gate, >= 0. Default 1; 0 switches it off. The same in all groups if global.
+        alpha1: the largest braking, >= 0. Default 10. The same in all groups if global.
+        weight_decay: wd, >= 0, decoupled. Default 0.
+        norm_scope: `"global"` (default), `"group"` or `"tensor"`. The same in all groups.
+        maximize: ascend instead of descend. Default False.
+
+    State: `momentum_buffer` per parameter (float32 for half-precision weights); `lr_ratio` and `momentum_norm` in the
+    groups, as `VRAdam`.
+
+    Cost: one buffer of the size of the weights; one more read of it per step.
+
+    Caveats and errors: as `VRAdam`.
+
+    Source: VRAdam, arXiv 2505.13196.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
+        >>> optimizer = VRMomentum([w], lr=1.0, momentum=0.8)
+        >>> (0.5 * (w * w).sum()).backward()
+        >>> optimizer.step()
+        >>> w.detach(), optimizer.dynamics()["lr_ratio"]
+        (tensor([ 2.7000, -3.6000]), tensor(0.5000, dtype=torch.float64))
+    """
+
+    PER_TENSOR = ("lr_ratio", "momentum_norm")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        momentum: float = 0.9,
+        beta3: float = 1.0,
+        alpha1: float = 10.0,
+        weight_decay: float = 0.0,
+        norm_scope: NormScope = "global",
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "beta3": beta3,
+            "alpha1": alpha1,
+            "weight_decay": weight_decay,
+            "norm_scope": norm_scope,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def _check(self, group: Mapping[str, Any]) -> None:
+        check_real("VRMomentum", "momentum", group["momentum"], 0, 1, high_open=True)
+        check_gate(self, group, shared=("beta3", "alpha1"))
+
+    def _update(self, buckets: list[Bucket]) -> None:
+        momenta = [bucket.buffers("momentum_buffer") for bucket in buckets]
+        for bucket, m in zip(buckets, momenta, strict=True):
+            average_(m, bucket.grads, bucket.group["momentum"])
+        squares = [squared_norms(m) for m in momenta]
+        ratios = advance_gates(self.param_groups, buckets, squares, squares)
+        for bucket, m, ratio in zip(buckets, momenta, ratios, strict=True):
+            descend(bucket, m, ratio)
+
+    def dynamics(self) -> dict[str, Tensor]:
+        """`lr_ratio` (lr_t / lr), `momentum_norm` (|m|) and `effective_lr` (lr_t) after the last step."""
+        return gate_dynamics(self.param_groups)
