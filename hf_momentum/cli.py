@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Example:
         >>> main(["optimizers"])
-        tam      Heavy ball whose gradients are damped by their angle to the momentum (torque-aware momentum).
+        tam ... Heavy ball whose gradients are damped by their angle to the momentum (torque-aware momentum).
         ...
         0
     """

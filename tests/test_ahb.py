@@ -318,6 +318,27 @@ def test_step_never_reads_a_value_back_from_the_device(cls, granularity):
     assert reads.count == counters
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_half_precision_weights_are_the_float64_result_of_their_state_rounded_once(cls, dtype):
+    params = weights([(64, 8), (5,)], dtype)
+    optimizer = cls(params, lr=0.05, weight_decay=0.1)
+    for t in range(20):
+        set_gradients(params, random(t, params, []))
+        before = [p.detach().clone() for p in params]
+        optimizer.step()
+        for i, (p, old) in enumerate(zip(params, before, strict=True)):
+            state = optimizer.state[p]
+            if cls is AHBSGD:
+                displacement = state["displacement"].double()
+            else:
+                v = (state["exp_avg_sq"].double() / (1 - 0.999 ** state["step"].item())).sqrt() + 1e-8
+                displacement = -0.05 * state["exp_avg"].double() / optimizer.param_groups[0]["correction1"][i] / v
+            exact = (1 - 0.05 * 0.1) * old.double() + displacement
+            half_ulp = torch.finfo(dtype).eps / 2
+            assert ((p.double() - exact).abs() <= 1.01 * half_ulp * exact.abs() + 1e-6).all()
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     cls=st.sampled_from(CLASSES),

@@ -244,6 +244,28 @@ def test_state_dict_round_trip_continues_bit_for_bit(cls, curvature, dtype, tmp_
     assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_half_precision_weights_are_the_float64_result_of_their_state_rounded_once(cls, dtype):
+    params = weights([(64, 8), (5,)], dtype)
+    optimizer = cls(params, lr=0.05, weight_decay=0.1)
+    for t in range(20):
+        set_gradients(params, random(t, params, []))
+        before = [p.detach().clone() for p in params]
+        optimizer.step()
+        for i, (p, old) in enumerate(zip(params, before, strict=True)):
+            state = optimizer.state[p]
+            if cls is CriticalSGD:
+                assert state["momentum_buffer"].dtype == torch.float32
+                direction = state["momentum_buffer"].double()
+            else:
+                v = (state["exp_avg_sq"].double() / (1 - 0.999 ** state["step"].item())).sqrt() + 1e-8
+                direction = state["exp_avg"].double() / optimizer.param_groups[0]["correction1"][i] / v
+            exact = (1 - 0.05 * 0.1) * old.double() - 0.05 * direction
+            half_ulp = torch.finfo(dtype).eps / 2
+            assert ((p.double() - exact).abs() <= 1.01 * half_ulp * exact.abs() + 1e-6).all()
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     cls=st.sampled_from(CLASSES),
@@ -372,6 +394,12 @@ def test_a_detached_schedule_leaves_the_optimizer_alone():
     schedule.detach()
     optimizer.param_groups[0]["momentum"] = 0.123
     assert momenta(w, optimizer, 1) == [0.123]
+
+
+def test_the_nesterov_law_on_plain_heavy_ball_is_refused():
+    for kwargs in ({"law": "critical_nesterov"}, {"law": "hybrid", "base": "critical_nesterov"}):
+        with pytest.raises(ValueError, match="critical_nesterov needs SGD with nesterov=True"):
+            MomentumSchedule(torch.optim.SGD(weights(), lr=0.1, momentum=0.9), **kwargs)
 
 
 def test_an_optimizer_without_momentum_is_refused():

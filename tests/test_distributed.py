@@ -61,7 +61,7 @@ def words(tiny, folder: Path, kind: str, case, **fields) -> list[str]:
     common = {
         "optim": name,
         "lora": lora,
-        "learning_rate": 1e-4 if OPTIMIZERS[name].adam_arguments else 0.05,
+        "learning_rate": RATES.get(name, 1e-3 if OPTIMIZERS[name].adam_arguments else 0.05),
         "weight_decay": 0.1,
     }
     # 16 examples: batches of 4 fill every epoch. A last, smaller batch would be topped up by Accelerate.

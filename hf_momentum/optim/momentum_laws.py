@@ -224,6 +224,10 @@ class MomentumSchedule:
                 raise ValueError(
                     f"momentum schedule: {type(optimizer).__name__} has neither momentum nor betas to schedule"
                 )
+            if (base if law == "hybrid" else law) == "critical_nesterov" and group.get("nesterov") is False:
+                raise ValueError(
+                    f"momentum schedule: critical_nesterov needs {type(optimizer).__name__} with nesterov=True"
+                )
         self.optimizer, self.law, self.total_steps = optimizer, law, total_steps
         self.curvature, self.base, self.switch = curvature, base, switch
         self.final, self.fraction, self.threshold = final, fraction, threshold
