@@ -5,9 +5,11 @@ import json
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from accelerate import DistributedType
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_momentum import AHBSGD, InputError, MomentumTrainer, MomentumTrainingArguments
+from hf_momentum.errors import TrainingStopped
 from hf_momentum.optim.momentum_laws import critical
 from hf_momentum.training import DynamicsCallback, MomentumScheduleCallback, job, load_recipe
 from tests.test_names import Quadratic, data
@@ -195,3 +197,24 @@ def test_the_callback_works_in_a_plain_trainer(tmp_path):
     trainer.train()
     assert trainer.optimizer.param_groups[0]["momentum"] == critical(0.05)
     assert json.dumps(trainer.state.log_history)
+
+
+# ---- processes that would train apart -------------------------------------------------------------------------------
+
+
+def test_an_unwrapped_model_under_several_processes_stops_before_its_first_step(tmp_path, monkeypatch):
+    trainer = small_trainer(tmp_path, MomentumTrainer, MomentumTrainingArguments, optim="tam")
+    trainer.create_optimizer()
+    batch = default_data_collator(data())
+    trainer.training_step(trainer.model, batch)
+    several = property(lambda self: DistributedType.MULTI_CPU)
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", several)
+    with pytest.raises(TrainingStopped, match=r"not wrapped for them \(Quadratic\): each would train apart"):
+        trainer.training_step(trainer.model, batch)
+
+
+def test_the_card_of_a_run_is_what_is_written(tmp_path):
+    trainer = small_trainer(tmp_path, MomentumTrainer, MomentumTrainingArguments, optim="tam")
+    trainer.card = "# our card"
+    trainer.create_model_card(model_name="ignored")
+    assert (tmp_path / "README.md").read_text() == "# our card"

@@ -207,7 +207,7 @@ def test_empty_dataset(tiny, tmp_path, capsys):
 
 def test_dataset_too_short_for_one_block(tiny, tmp_path, capsys):
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "short"}])
-    assert "less than one block of 32; lower block_size" in bad(tiny, tmp_path, capsys, train_dataset=path)
+    assert "less than one block of 32 tokens; lower block_size" in bad(tiny, tmp_path, capsys, train_dataset=path)
 
 
 def test_dataset_that_is_not_there(tiny, tmp_path, capsys):

@@ -136,8 +136,9 @@ def changes(
 def _resampled_sums(statistics: Statistics, seed: int) -> np.ndarray:
     """[resamples, columns]: sums over examples drawn with replacement, as counts of how often each was drawn."""
     count = len(statistics)
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
-    return draws @ statistics
+    generator, equal = np.random.default_rng(seed), np.full(count, 1 / count)
+    # One at a time: all counts at once would take 8 GB for a million examples.
+    return np.stack([generator.multinomial(count, equal) @ statistics for _ in range(_RESAMPLES)])
 
 
 def _estimate(value: np.ndarray, resampled: np.ndarray) -> Estimate:

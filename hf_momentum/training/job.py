@@ -125,8 +125,8 @@ def train(recipe: Recipe) -> Outcome:
         report.write(folder)
         base_model = None if base.from_scratch else recipe.model.model_name_or_path
         pictures = [str(path.relative_to(folder)) for path in sorted((folder / "plots").glob("*.png"))]
-        card = model_card(report, base_model, recipe.peft.lora, _optimizer(recipe), pictures)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        trainer.card = model_card(report, base_model, recipe.peft.lora, _optimizer(recipe), pictures)
+        trainer.create_model_card()
     if training.push_to_hub:
         trainer.push_to_hub(commit_message="hf-momentum: end of training")
     return Outcome(report, folder, trainer.is_world_process_zero())
@@ -235,7 +235,8 @@ def _facts(recipe: Recipe, trainer: MomentumTrainer, train_split: Split, seconds
     facts = {
         "optimizer": f"`{_optimizer(recipe)}`: " + ", ".join(f"{key}={value}" for key, value in group.items()),
         "weight decay": args.weight_decay,
-        "schedule": f"{args.lr_scheduler_type.value}, {trainer.state.global_step} steps",
+        "momentum schedule": " ".join(filter(None, [args.momentum_schedule, args.momentum_schedule_args])) or "none",
+        "learning-rate schedule": f"{args.lr_scheduler_type.value}, {trainer.state.global_step} steps",
         "examples per step": per_step,
         "training examples": len(train_split.examples),
         "trained parameters": f"{trained:,} of {total:,}",

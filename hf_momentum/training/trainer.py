@@ -1,6 +1,7 @@
 """`MomentumTrainer`: a Trainer that knows our optimizers by the public road and stops at a non-finite loss."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,15 +43,16 @@ class MomentumTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.card: str | None = None  # the text that create_model_card writes instead of transformers' own
         self.add_callback(FiniteCheckpointCallback())
-        args_ = self.args
-        if not isinstance(args_, MomentumTrainingArguments):
+        ours = self.args
+        if not isinstance(ours, MomentumTrainingArguments):
             DynamicsCallback().attach(self)
             return
-        if args_.log_dynamics:
-            DynamicsCallback(args_.log_dynamics_per_layer, args_.log_update_norm).attach(self)
-        if args_.momentum_schedule is not None:
-            self.add_callback(MomentumScheduleCallback(args_.momentum_schedule, args_.momentum_schedule_args))
+        if ours.log_dynamics:
+            DynamicsCallback(ours.log_dynamics_per_layer, ours.log_update_norm).attach(self)
+        if ours.momentum_schedule is not None:
+            self.add_callback(MomentumScheduleCallback(ours.momentum_schedule, ours.momentum_schedule_args))
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
@@ -58,6 +60,13 @@ class MomentumTrainer(Trainer):
         if args.optim in OPTIMIZERS:
             return from_training_arguments(args)
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write `self.card` as the model card, also when pushing to the Hub; without one, transformers' own."""
+        if self.card is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            (Path(self.args.output_dir) / "README.md").write_text(self.card, encoding="utf-8")
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, also after an evaluation.
@@ -76,7 +85,8 @@ class MomentumTrainer(Trainer):
         Raises:
             TrainingStopped: the loss is NaN or infinite, or several processes train without synchronisation.
         """
-        if self.args.world_size > 1 and not isinstance(model, DistributedDataParallel):
+        replicated = self.accelerator.distributed_type.value.startswith("MULTI_")
+        if replicated and not any(isinstance(module, DistributedDataParallel) for module in model.modules()):
             raise TrainingStopped(
                 f"{self.args.world_size} processes were launched, but the model is not wrapped for them "
                 f"({type(model).__name__}): each would train apart. Start the run anew from a fresh Trainer"
