@@ -205,6 +205,7 @@ def test_the_callback_works_in_a_plain_trainer(tmp_path):
 def test_an_unwrapped_model_under_several_processes_stops_before_its_first_step(tmp_path, monkeypatch):
     trainer = small_trainer(tmp_path, MomentumTrainer, MomentumTrainingArguments, optim="tam")
     trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # the training loop sets it
     batch = default_data_collator(data())
     trainer.training_step(trainer.model, batch)
     several = property(lambda self: DistributedType.MULTI_CPU)
