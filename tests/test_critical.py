@@ -283,6 +283,24 @@ def test_no_nan_from_zero_tiny_or_huge_gradients_and_mu_stays_in_bounds(cls, sca
     assert 0 <= optimizer.dynamics()["mu"].item() <= 0.99
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    permutation=st.permutations(list(range(6))),
+    cut=st.integers(1, 5),
+    cls=st.sampled_from(CLASSES),
+    curvature=st.sampled_from([1.0, "measured"]),
+)
+def test_order_of_parameters_and_number_of_groups_change_nothing(permutation, cut, cls, curvature):
+    def run(order):
+        params = weights()
+        groups = [{"params": [params[i] for i in group]} for group in order]
+        optimizer = cls(groups, lr=1e-2, curvature=curvature)
+        train(optimizer, params, 6)
+        return [p.detach() for p in params]
+
+    assert largest_difference(run([list(range(6))]), run([permutation[:cut], permutation[cut:]])) < 1e-12
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
