@@ -246,10 +246,10 @@ class AHBSGD(MomentumOptimizer):
         _observe(self, buckets)
         for bucket, beta in zip(buckets, _betas(self.param_groups, buckets), strict=True):
             group, w = bucket.group, bucket.weights()
-            bucket.couple_weight_decay(w)
+            grads = bucket.decayed_gradients()
             displacements = bucket.buffers("displacement")
             wd = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
-            ahb_sgd_update_(w, bucket.grads, displacements, bucket.scalars(beta), lr=group["lr"], weight_decay=wd)
+            ahb_sgd_update_(w, grads, displacements, bucket.scalars(beta), lr=group["lr"], weight_decay=wd)
             store_displacement(bucket, squared_norms(displacements))
             bucket.store(w)
 
@@ -440,9 +440,8 @@ def _ahb_adam_step(optimizer: MomentumOptimizer, buckets: list[Bucket]) -> None:
     _observe(optimizer, buckets)
     for bucket, beta in zip(buckets, _betas(optimizer.param_groups, buckets), strict=True):
         group, w = bucket.group, bucket.weights()
-        bucket.couple_weight_decay(w)
         directions = adam_directions(
-            bucket.grads,
+            bucket.decayed_gradients(),
             bucket.buffers("exp_avg"),
             bucket.buffers("exp_avg_sq"),
             bucket.count_steps(),

@@ -29,14 +29,14 @@ class Bucket:
         group: the parameter group, with its hyperparameters.
         positions: place of each parameter in `group["params"]`.
         params: the parameters themselves.
-        grads: their gradients in the compute dtype (float32 for half-precision parameters), negated if `maximize`.
+        raw_grads: their gradients as they are; `gradients()` gives what a rule works on.
         states: the per-parameter state dictionaries.
     """
 
     group: dict[str, Any]
     positions: list[int]
     params: list[Tensor]
-    grads: list[Tensor]
+    raw_grads: list[Tensor]
     states: list[dict[str, Any]]
 
     @property
@@ -94,11 +94,20 @@ class Bucket:
         self.group["correction1"] = put(self.group["correction1"], self.positions, correction)
         return correction
 
-    def couple_weight_decay(self, weights: list[Tensor]) -> None:
-        """Add wd w to the gradients (new tensors; `p.grad` is left alone) unless the decay is decoupled."""
+    def gradients(self) -> list[Tensor]:
+        """The gradients of the loss in the compute dtype, negated if `maximize`.
+
+        Formed anew at each call, so that float32 copies of half-precision gradients exist for one bucket at a time.
+        """
+        grads = [grad.to(self.dtype) for grad in self.raw_grads]
+        return list(torch._foreach_neg(grads)) if self.group["maximize"] else grads
+
+    def decayed_gradients(self) -> list[Tensor]:
+        """`gradients()` plus wd w where the weight decay is coupled; `p.grad` is left alone."""
         wd = self.group["weight_decay"]
-        if wd and not self.group["decoupled_weight_decay"]:
-            self.grads[:] = torch._foreach_add(self.grads, weights, alpha=wd)
+        if not wd or self.group["decoupled_weight_decay"]:
+            return self.gradients()
+        return list(torch._foreach_add(self.gradients(), self.weights(), alpha=wd))
 
     def weights(self) -> list[Tensor]:
         """The parameters in the compute dtype: themselves, or float32 copies to be written back by `store`."""
@@ -235,7 +244,6 @@ class MomentumOptimizer(torch.optim.Optimizer):
                         f"{type(self).__name__} does not support sparse gradients (parameter {position} of group "
                         f"{index}, shape {tuple(param.shape)}); build the embedding with sparse=False"
                     )
-                grad = grad.to(compute_dtype(param))
                 key = (index, param.device, param.dtype)
                 bucket = open_buckets.get(key)
                 if bucket is None or bucket.elements() + param.numel() > _BUCKET_ELEMENTS:
@@ -243,7 +251,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
                     buckets.append(bucket)
                 bucket.positions.append(position)
                 bucket.params.append(param)
-                bucket.grads.append(grad.neg() if group["maximize"] else grad)
+                bucket.raw_grads.append(grad)
                 bucket.states.append(self.state[param])
         return buckets
 

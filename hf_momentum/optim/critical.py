@@ -167,15 +167,15 @@ class CriticalSGD(MomentumOptimizer):
     def _update(self, buckets: list[Bucket]) -> None:
         for bucket, mu in zip(buckets, _momenta(self.param_groups, buckets), strict=True):
             group, w = bucket.group, bucket.weights()
-            bucket.couple_weight_decay(w)
+            grads = bucket.decayed_gradients()
             m = bucket.buffers("momentum_buffer")
             scale = bucket.scalars(mu)
             # m = mu m + g
             torch._foreach_mul_(m, scale)
-            torch._foreach_add_(m, bucket.grads)
+            torch._foreach_add_(m, grads)
             step = m
             if group["law"] == "critical_nesterov":
-                step = list(torch._foreach_add(bucket.grads, torch._foreach_mul(m, scale)))
+                step = list(torch._foreach_add(grads, torch._foreach_mul(m, scale)))
             _apply(bucket, w, step)
 
     def dynamics(self) -> dict[str, Tensor]:
@@ -261,7 +261,7 @@ class CriticalAdamW(MomentumOptimizer):
     def _update(self, buckets: list[Bucket]) -> None:
         for bucket, mu in zip(buckets, _momenta(self.param_groups, buckets), strict=True):
             directions = adam_directions(
-                bucket.grads,
+                bucket.gradients(),
                 bucket.buffers("exp_avg"),
                 bucket.buffers("exp_avg_sq"),
                 bucket.count_steps(),

@@ -26,8 +26,9 @@ def observe_differences(buckets: list[Bucket], preconditioner: Preconditioner, *
     """
     for bucket in buckets:
         seen = [state.get("previous_grad") for state in bucket.states]
-        previous = [grad if old is None else old.to(grad.dtype) for grad, old in zip(bucket.grads, seen, strict=True)]
-        differences = torch._foreach_sub(bucket.grads, previous)
+        grads = bucket.gradients()
+        previous = [grad if old is None else old.to(grad.dtype) for grad, old in zip(grads, seen, strict=True)]
+        differences = torch._foreach_sub(grads, previous)
         denominators = preconditioner(bucket)
         if denominators is not None:
             torch._foreach_div_(differences, denominators)
@@ -36,7 +37,7 @@ def observe_differences(buckets: list[Bucket], preconditioner: Preconditioner, *
                 difference.zero_()  # seen for the first time: no difference, whatever its denominator
         stored = put(bucket.vector("squared_difference"), bucket.positions, squared_norms(differences))
         bucket.group["squared_difference"] = stored
-        for state, grad, old in zip(bucket.states, bucket.grads, seen, strict=True):
+        for state, grad, old in zip(bucket.states, grads, seen, strict=True):
             if old is None:
                 dtype = torch.bfloat16 if half else bucket.dtype
                 state["previous_grad"] = grad.to(dtype, copy=True, memory_format=torch.preserve_format)

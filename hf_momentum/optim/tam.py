@@ -155,7 +155,7 @@ def damped_scales(
     With `granularity="global"` one S over everything is shared by all groups; with `"tensor"` each group holds a
     vector with one entry per parameter. `eps` names the hyperparameter to add.
     """
-    sums = [alignment_sums(m, bucket.grads) for m, bucket in zip(momenta, buckets, strict=True)]
+    sums = [alignment_sums(m, bucket.decayed_gradients()) for m, bucket in zip(momenta, buckets, strict=True)]
     for bucket, rows in zip(buckets, sums, strict=True):
         stored = put(bucket.vector("tensor_cosine"), bucket.positions, cosine(rows))
         bucket.group["tensor_cosine"] = stored  # for logs: which tensors agree with their momentum
@@ -336,15 +336,12 @@ class TAM(MomentumOptimizer):
         _check_torque(self, group, group["momentum"])
 
     def _update(self, buckets: list[Bucket]) -> None:
-        weights = [bucket.weights() for bucket in buckets]
-        for bucket, w in zip(buckets, weights, strict=True):
-            bucket.couple_weight_decay(w)
         momenta = [bucket.buffers("momentum_buffer") for bucket in buckets]
         scales = damped_scales(self.param_groups, buckets, momenta, "eps")
-        for bucket, w, m, scale in zip(buckets, weights, momenta, scales, strict=True):
-            group = bucket.group
+        for bucket, m, scale in zip(buckets, momenta, scales, strict=True):
+            group, grads, w = bucket.group, bucket.decayed_gradients(), bucket.weights()
             wd = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
-            tam_update_(w, bucket.grads, m, scale, lr=group["lr"], momentum=group["momentum"], weight_decay=wd)
+            tam_update_(w, grads, m, scale, lr=group["lr"], momentum=group["momentum"], weight_decay=wd)
             bucket.store(w)
 
     def dynamics(self) -> dict[str, Tensor]:
@@ -543,16 +540,13 @@ def check_adatam(optimizer: MomentumOptimizer, group: Mapping[str, Any]) -> None
 
 def adatam_step(groups: list[dict[str, Any]], buckets: list[Bucket]) -> None:
     """One step of AdaTAM or AdaTAMW on collected buckets."""
-    weights = [bucket.weights() for bucket in buckets]
-    for bucket, w in zip(buckets, weights, strict=True):
-        bucket.couple_weight_decay(w)
     moments = [bucket.buffers("exp_avg") for bucket in buckets]
     scales = damped_scales(groups, buckets, moments, "torque_eps")
-    for bucket, w, m, scale in zip(buckets, weights, moments, scales, strict=True):
-        group = bucket.group
+    for bucket, m, scale in zip(buckets, moments, scales, strict=True):
+        group, w = bucket.group, bucket.weights()
         adatam_update_(
             w,
-            bucket.grads,
+            bucket.decayed_gradients(),
             m,
             bucket.buffers("exp_avg_sq"),
             scale,

@@ -292,8 +292,9 @@ class VRAdam(MomentumOptimizer):
         steps = [bucket.count_steps() for bucket in buckets]
         for bucket in buckets:
             beta1, beta2 = bucket.group["betas"]
-            average_(bucket.buffers("exp_avg"), bucket.grads, beta1)
-            average_squares_(bucket.buffers("exp_avg_sq"), bucket.grads, beta2)
+            grads = bucket.gradients()
+            average_(bucket.buffers("exp_avg"), grads, beta1)
+            average_squares_(bucket.buffers("exp_avg_sq"), grads, beta2)
         momenta = [squared_norms(bucket.buffers("exp_avg")) for bucket in buckets]
         gated = list(momenta)
         for i, bucket in enumerate(buckets):
@@ -383,7 +384,7 @@ class VRMomentum(MomentumOptimizer):
     def _update(self, buckets: list[Bucket]) -> None:
         momenta = [bucket.buffers("momentum_buffer") for bucket in buckets]
         for bucket, m in zip(buckets, momenta, strict=True):
-            average_(m, bucket.grads, bucket.group["momentum"])
+            average_(m, bucket.gradients(), bucket.group["momentum"])
         squares = [squared_norms(m) for m in momenta]
         ratios = advance_gates(self.param_groups, buckets, squares, squares)
         for bucket, m, ratio in zip(buckets, momenta, ratios, strict=True):
