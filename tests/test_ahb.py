@@ -11,6 +11,7 @@ from hf_momentum.optim import AHBSGD, AHBAdam, AHBAdamW, reference
 from tests.test_tam import (
     SHAPES,
     HostReads,
+    assert_continues_bit_for_bit,
     correlated,
     largest_difference,
     random,
@@ -278,17 +279,7 @@ def test_differences_are_of_unclipped_gradients_where_the_caller_says_so():
 @pytest.mark.parametrize("cls", CLASSES)
 def test_state_dict_round_trip_continues_bit_for_bit(cls, kwargs, dtype, tmp_path):
     kwargs = {**kwargs, **({} if cls is AHBSGD else {"difference": "preconditioned"})}
-    params = weights(dtype=dtype)
-    straight = cls([{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.1}], lr=0.01, **kwargs)
-    train(straight, params, 7)
-    torch.save({"optimizer": straight.state_dict(), "weights": [p.detach() for p in params]}, tmp_path / "saved.pt")
-    train(straight, params, 7, start=7)
-    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
-    again = [torch.nn.Parameter(w) for w in saved["weights"]]
-    resumed = cls([{"params": again[:2]}, {"params": again[2:]}], lr=1.0, **kwargs)
-    resumed.load_state_dict(saved["optimizer"])
-    train(resumed, again, 7, start=7)
-    assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True))
+    assert_continues_bit_for_bit(cls, tmp_path / "saved.pt", dtype, **kwargs)
 
 
 @pytest.mark.parametrize("cls", CLASSES)

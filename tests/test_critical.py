@@ -20,6 +20,7 @@ from hf_momentum.optim.momentum_laws import (
 )
 from tests.test_tam import (
     HostReads,
+    assert_continues_bit_for_bit,
     correlated,
     largest_difference,
     random,
@@ -231,17 +232,7 @@ def test_step_never_reads_a_value_back_from_the_device(cls, curvature):
 @pytest.mark.parametrize("curvature", [1.0, "measured"])
 @pytest.mark.parametrize("cls", CLASSES)
 def test_state_dict_round_trip_continues_bit_for_bit(cls, curvature, dtype, tmp_path):
-    params = weights(dtype=dtype)
-    straight = cls([{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.1}], lr=0.01, curvature=curvature)
-    train(straight, params, 7)
-    torch.save({"optimizer": straight.state_dict(), "weights": [p.detach() for p in params]}, tmp_path / "saved.pt")
-    train(straight, params, 7, start=7)
-    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
-    again = [torch.nn.Parameter(w) for w in saved["weights"]]
-    resumed = cls([{"params": again[:2]}, {"params": again[2:]}], lr=1.0, curvature=curvature)
-    resumed.load_state_dict(saved["optimizer"])
-    train(resumed, again, 7, start=7)
-    assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True))
+    assert_continues_bit_for_bit(cls, tmp_path / "saved.pt", dtype, curvature=curvature)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -381,6 +381,21 @@ def train(optimizer, params, steps, start=0):
         optimizer.step()
 
 
+def assert_continues_bit_for_bit(cls, path, dtype, **kwargs) -> None:
+    """Seven steps, a saved and loaded state dict, and seven more equal fourteen steps to the last bit."""
+    params = weights(dtype=dtype)
+    straight = cls([{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.1}], lr=0.01, **kwargs)
+    train(straight, params, 7)
+    torch.save({"optimizer": straight.state_dict(), "weights": [p.detach() for p in params]}, path)
+    train(straight, params, 7, start=7)
+    saved = torch.load(path, weights_only=True)
+    again = [torch.nn.Parameter(w) for w in saved["weights"]]
+    resumed = cls([{"params": again[:2]}, {"params": again[2:]}], lr=1.0, **kwargs)
+    resumed.load_state_dict(saved["optimizer"])
+    train(resumed, again, 7, start=7)
+    assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("granularity", ["global", "tensor"])
 @pytest.mark.parametrize("cls", CLASSES)

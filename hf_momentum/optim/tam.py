@@ -162,7 +162,7 @@ def damped_scales(
     if groups[0]["granularity"] == "global":
         smoothings = _advance_global(groups, sums)
     else:
-        smoothings = [_advance_tensors(bucket, rows) for bucket, rows in zip(buckets, sums, strict=True)]
+        smoothings = [_advance_tensors(bucket) for bucket in buckets]
     scales: list[Tensor | list[Tensor]] = []
     for bucket, s in zip(buckets, smoothings, strict=True):
         fixed = bucket.group["fixed_damping"]
@@ -182,12 +182,11 @@ def _advance_global(groups: list[dict[str, Any]], sums: list[Tensor]) -> list[Te
     return [s] * len(sums)
 
 
-def _advance_tensors(bucket: Bucket, rows: Tensor) -> Tensor:
-    group = bucket.group
-    cosines, smoothings = bucket.vector("cosine"), bucket.vector("smoothed_cosine")
-    cos = cosine(rows)
+def _advance_tensors(bucket: Bucket) -> Tensor:
+    group, smoothings = bucket.group, bucket.vector("smoothed_cosine")
+    group["cosine"] = group["tensor_cosine"]
+    cos = take(group["cosine"], bucket.positions)
     s = smoothed(take(smoothings, bucket.positions), cos, group["gamma"])
-    group["cosine"] = put(cosines, bucket.positions, cos)
     group["smoothed_cosine"] = put(smoothings, bucket.positions, s)
     return s
 
