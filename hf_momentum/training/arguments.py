@@ -139,7 +139,9 @@ class MomentumTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Accept registered names without transformers' table, and CPU processes without a flag."""
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        if launched and not torch.accelerator.is_available():
+        # Under use_cpu Accelerate leaves DeepSpeed out, silently.
+        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        if launched and not deepspeed and not torch.accelerator.is_available():
             self.use_cpu = True
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is no device to pin for; torch would warn at every loader
