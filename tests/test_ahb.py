@@ -305,7 +305,7 @@ def test_step_never_reads_a_value_back_from_the_device(cls, granularity):
                 params[1].grad = None
             optimizer.step()
             optimizer.dynamics()
-    counters = 0 if cls is AHBSGD else 7  # Adam's step counters, which live in host memory
+    counters = 0 if cls is AHBSGD else 5  # Adam's step counters, which live in host memory, from the second step
     assert reads.count == counters
 
 

@@ -225,7 +225,7 @@ def test_step_never_reads_a_value_back_from_the_device(cls, curvature):
             set_gradients(params, random(t, params, []))
             optimizer.step()
             optimizer.dynamics()
-    assert reads.count == (0 if cls is CriticalSGD else 8)  # Adam's step counters, which live in host memory
+    assert reads.count == (0 if cls is CriticalSGD else 6)  # Adam's step counters, in host memory, from the second step
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

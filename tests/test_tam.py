@@ -443,7 +443,8 @@ def test_nothing_is_created_before_the_first_step_and_nothing_evolves_outside_th
     train(optimizer, params, 3)
     after = {k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups")}
     changed = {k for k in after if after[k] != attributes.get(k)}
-    assert changed <= {"_opt_called", "_step_count"}, "torch's schedulers count calls; nothing of ours may evolve there"
+    # torch's schedulers count calls. `_layout` is derived from the parameters and made anew when they change.
+    assert changed <= {"_opt_called", "_step_count", "_layout"}, "nothing of ours may evolve there"
 
 
 @pytest.mark.parametrize("granularity", ["global", "tensor"])
@@ -518,7 +519,7 @@ def test_large_models_are_updated_in_several_buckets_with_the_same_result(cls, m
     monkeypatch.setattr("hf_momentum.optim.base._BUCKET_ELEMENTS", 30)
     monkeypatch.setattr("hf_momentum.kernels.sums._PIECE", 4)
     optimizer, pieced = short_run(cls, dtype=torch.float64)
-    assert len(optimizer._collect()) > 2
+    assert len(optimizer._collect()[0].buckets) > 2
     assert largest_difference(whole, pieced) < 1e-13
 
 
@@ -560,7 +561,8 @@ def test_bias_correction_reads_only_its_counters_which_live_in_host_memory():
     set_gradients(params, random(0, params, []))
     with HostReads() as reads:
         optimizer.step()
-    assert reads.count == 1
+        optimizer.step()
+    assert reads.count == 1, "none in the first step"
     assert optimizer.state[params[0]]["step"].device.type == "cpu"
 
 
@@ -583,7 +585,7 @@ def test_a_tensor_that_was_not_given_is_refused(cls):
     flat = torch.nn.Parameter(torch.zeros(10))
     flat.grad = torch.ones(10)
     optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(RuntimeError, match=r"not one that it was given.*DDP"):
+    with pytest.raises(RuntimeError, match=r"not given to it: a wrapper.*Supported: one process.*DDP"):
         optimizer.step()
 
 

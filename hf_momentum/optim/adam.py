@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hf_momentum.optim.base import Bucket
+
 
 def adam_directions(
     grads: list[Tensor],
@@ -55,3 +57,14 @@ def adam_denominators(
     torch._foreach_div_(denominators, [(1 - beta2**t) ** 0.5 for t in steps])
     torch._foreach_add_(denominators, eps)
     return denominators
+
+
+def last_adam_directions(bucket: Bucket) -> tuple[list[Tensor], list[Tensor]]:
+    """m / D and D = sqrt(v / (1 - beta2^t)) + eps as the last step left them, for a bucket with Adam's state.
+
+    The last displacement is lr / c1 times the first.
+    """
+    group = bucket.group
+    steps = [max(step, 1.0) for step in bucket.steps()]  # before the first step both moments are 0
+    denominators = adam_denominators(bucket.buffers("exp_avg_sq"), steps, beta2=group["beta2"], eps=group["eps"])
+    return list(torch._foreach_div(bucket.buffers("exp_avg"), denominators)), denominators

@@ -12,11 +12,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from hf_momentum.kernels import squared_norms
-from hf_momentum.optim.adam import adam_denominators, adam_directions
+from hf_momentum.optim.adam import adam_directions, last_adam_directions
 from hf_momentum.optim.arguments import check_bool, check_choice, check_real
-from hf_momentum.optim.base import Bucket, MomentumOptimizer, mean_of, put
-from hf_momentum.optim.curvature import curvatures, observe_differences, store_displacement
+from hf_momentum.optim.base import Bucket, MomentumOptimizer, Step, mean_of
+from hf_momentum.optim.curvature import curvatures, observe
 
 Granularity = Literal["global", "tensor"]
 Difference = Literal["plain", "preconditioned"]
@@ -81,43 +80,48 @@ class ObservesGradients(Protocol):
 # ---- what the classes share -----------------------------------------------------------------------------------------
 
 
-def _betas(groups: list[dict[str, Any]], buckets: list[Bucket]) -> list[Tensor]:
-    """This step's beta for each bucket, from the observed differences; stored as `beta` in the groups for logs."""
+def _betas(step: Step) -> list[Tensor]:
+    """This step's beta for each group, from the observed differences; stored as `beta` in the groups for logs."""
     betas = []
-    for bucket, curvature in zip(buckets, curvatures(groups, buckets, groups[0]["granularity"]), strict=True):
-        group = bucket.group
+    for vectors, curvature in zip(step.vectors, curvatures(step, step.groups[0]["granularity"]), strict=True):
+        group = vectors.group
         beta = heavy_ball_beta(curvature, group["lr"], group["delta"], group["cap_root"])
-        group["beta"] = beta if beta.dim() == 0 else put(bucket.vector("beta"), bucket.positions, beta)
+        if beta.dim() == 0:
+            group["beta"] = beta
+        else:
+            beta = vectors.put("beta", beta)
         betas.append(beta)
     return betas
 
 
-def _observe(optimizer: MomentumOptimizer, buckets: list[Bucket]) -> None:
+def _observe(step: Step) -> None:
     """Take the differences of the gradients as they are now, unless `observe_gradients` did so before the clipping."""
-    groups = optimizer.param_groups
+    groups = step.groups
     if not groups[0].get("observed", False):
-        observe_differences(buckets, _preconditioner, half=groups[0]["previous_grad_dtype"] == "bfloat16")
+        adam = "beta2" in groups[0]
+        half = groups[0]["previous_grad_dtype"] == "bfloat16"
+        observe(step, _adam_displacements if adam else _sgd_displacements, half=half, unclipped=True)
     for group in groups:
         group["observed"] = False
 
 
-def _preconditioner(bucket: Bucket) -> list[Tensor] | None:
-    """The denominators of the last step, by which its displacement was divided; None before it or in the plain form."""
-    group = bucket.group
-    if group.get("difference", "plain") == "plain":
-        return None
-    second = bucket.buffers("exp_avg_sq")
-    steps = [max(state["step"].item() if "step" in state else 0.0, 1.0) for state in bucket.states]
-    return adam_denominators(second, steps, beta2=group["beta2"], eps=group["eps"])
+def _sgd_displacements(bucket: Bucket) -> tuple[list[Tensor], None]:
+    return bucket.buffers("displacement"), None
+
+
+def _adam_displacements(bucket: Bucket) -> tuple[list[Tensor], list[Tensor] | None]:
+    """m / D of the last step; D again for the preconditioned difference, so that both are divided by the same."""
+    directions, denominators = last_adam_directions(bucket)
+    return directions, denominators if bucket.group["difference"] == "preconditioned" else None
 
 
 def _observe_now(optimizer: MomentumOptimizer) -> None:
     with torch.no_grad():
-        buckets = optimizer._collect()
+        collected = optimizer._collect(observing=True)
         for group in optimizer.param_groups:
             group["observed"] = False
-        if buckets:
-            _observe(optimizer, buckets)
+        if collected is not None:
+            _observe(collected[0])
             for group in optimizer.param_groups:
                 group["observed"] = True
 
@@ -242,16 +246,23 @@ class AHBSGD(MomentumOptimizer):
         """Take the gradient differences of the coming step now; to be called before gradients are clipped."""
         _observe_now(self)
 
-    def _update(self, buckets: list[Bucket]) -> None:
-        _observe(self, buckets)
-        for bucket, beta in zip(buckets, _betas(self.param_groups, buckets), strict=True):
+    def _update(self, step: Step) -> None:
+        _observe(step)
+        betas = _betas(step)
+        for bucket in step.buckets:
             group, w = bucket.group, bucket.weights()
-            grads = bucket.decayed_gradients()
-            displacements = bucket.buffers("displacement")
             wd = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
-            ahb_sgd_update_(w, grads, displacements, bucket.scalars(beta), lr=group["lr"], weight_decay=wd)
-            store_displacement(bucket, squared_norms(displacements))
+            ahb_sgd_update_(
+                w,
+                bucket.decayed_gradients(),
+                bucket.buffers("displacement"),
+                bucket.scalars(betas[bucket.index]),
+                lr=group["lr"],
+                weight_decay=wd,
+            )
             bucket.store(w)
+        for vectors in step.vectors:
+            vectors.put("displacement_scale", torch.ones_like(vectors.get("displacement_scale")))
 
     def dynamics(self) -> dict[str, Tensor]:
         """`curvature` (l), `beta` and `effective_lr` of the last step; means for `granularity="tensor"`."""
@@ -343,8 +354,8 @@ class AHBAdam(MomentumOptimizer):
         """Take the gradient differences of the coming step now; to be called before gradients are clipped."""
         _observe_now(self)
 
-    def _update(self, buckets: list[Bucket]) -> None:
-        _ahb_adam_step(self, buckets)
+    def _update(self, step: Step) -> None:
+        _ahb_adam_step(step)
 
     def dynamics(self) -> dict[str, Tensor]:
         """`curvature` (l), `beta` and `effective_lr` of the last step; means for `granularity="tensor"`."""
@@ -420,8 +431,8 @@ class AHBAdamW(MomentumOptimizer):
         """Take the gradient differences of the coming step now; to be called before gradients are clipped."""
         _observe_now(self)
 
-    def _update(self, buckets: list[Bucket]) -> None:
-        _ahb_adam_step(self, buckets)
+    def _update(self, step: Step) -> None:
+        _ahb_adam_step(step)
 
     def dynamics(self) -> dict[str, Tensor]:
         """`curvature` (l), `beta` and `effective_lr` of the last step; means for `granularity="tensor"`."""
@@ -436,22 +447,25 @@ def _check_ahb_adam(optimizer: MomentumOptimizer, group: Mapping[str, Any]) -> N
     _check_ahb(optimizer, group)
 
 
-def _ahb_adam_step(optimizer: MomentumOptimizer, buckets: list[Bucket]) -> None:
-    _observe(optimizer, buckets)
-    for bucket, beta in zip(buckets, _betas(optimizer.param_groups, buckets), strict=True):
+def _ahb_adam_step(step: Step) -> None:
+    _observe(step)
+    betas = _betas(step)
+    corrections = [vectors.advance_correction(beta) for vectors, beta in zip(step.vectors, betas, strict=True)]
+    for bucket in step.buckets:
         group, w = bucket.group, bucket.weights()
         directions = adam_directions(
             bucket.decayed_gradients(),
             bucket.buffers("exp_avg"),
             bucket.buffers("exp_avg_sq"),
             bucket.count_steps(),
-            bucket.scalars(beta),
-            bucket.scalars(bucket.advance_correction(beta)),
+            bucket.scalars(betas[bucket.index]),
+            bucket.scalars(corrections[bucket.index]),
             beta2=group["beta2"],
             eps=group["eps"],
         )
-        store_displacement(bucket, group["lr"] ** 2 * squared_norms(directions))
         if group["weight_decay"] and group["decoupled_weight_decay"]:
             torch._foreach_mul_(w, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(w, directions, alpha=-group["lr"])
         bucket.store(w)
+    for vectors, correction in zip(step.vectors, corrections, strict=True):
+        vectors.put("displacement_scale", vectors.group["lr"] / correction)

@@ -1,9 +1,12 @@
-"""What every optimizer of this package shares: collecting tensors, exact checkpoints, clear refusals.
+"""What every optimizer of this package shares: collecting pieces, exact checkpoints, clear refusals.
 
-A method's own file holds its mathematics. The one base class here holds the bookkeeping around it.
+A method's own file holds its mathematics and does not know how the tensors lie. The one base class here holds the
+bookkeeping around it: it hands a method a `Step`, whose buckets are lists of whatever pieces this process holds, and
+whose `totals` turn sums over pieces into sums over tensors.
 """
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, ClassVar
@@ -12,36 +15,115 @@ import torch
 from torch import Tensor
 
 from hf_momentum.kernels import sum_dtype
-from hf_momentum.sharding import require_whole_tensor
+from hf_momentum.sharding import Holder, Layout, Piece, ZeroPartitions, clipping_factor, is_marked, lay_out
 
 _HALF = (torch.float16, torch.bfloat16)
 
 # A bucket is closed once it holds this many elements, which bounds the temporaries of an update (256 MiB of
-# float32 each) unless one tensor alone is larger.
+# float32 each) unless one piece alone is larger.
 _BUCKET_ELEMENTS = 2**26
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """The parameters of one group that have a gradient and share a device and a dtype, ready for `_foreach` calls.
+class GroupVectors:
+    """The numbers that one parameter group keeps for each of its tensors; the same on every process.
 
     Attributes:
-        group: the parameter group, with its hyperparameters.
-        positions: place of each parameter in `group["params"]`.
-        params: the parameters themselves.
-        raw_grads: their gradients as they are; `gradients()` gives what a rule works on.
-        states: the per-parameter state dictionaries.
+        group: the parameter group, which holds the vectors, so that every checkpoint does.
+        count: the number of its tensors, whatever pieces of them this process holds.
+        active: the positions of those that have a gradient in this step.
+        device: where the vectors lie.
     """
 
     group: dict[str, Any]
-    positions: list[int]
+    count: int
+    active: Sequence[int]
+    device: torch.device
+
+    def get(self, name: str, initial: float = 0.0) -> Tensor:
+        """The vector `name`, one float64 entry per tensor, filled with `initial` at its first use."""
+        vector: Tensor | None = self.group.get(name)
+        if vector is None:
+            vector = torch.full((self.count,), initial, dtype=sum_dtype(self.device), device=self.device)
+        self.group[name] = vector = vector.to(self.device)  # a loaded state may lie elsewhere
+        return vector
+
+    def put(self, name: str, values: Tensor, initial: float = 0.0) -> Tensor:
+        """Store the entries of `values` for the tensors that have a gradient; the others keep theirs."""
+        self.group[name] = vector = merged(self.get(name, initial), self.active, values)
+        return vector
+
+    def advance_correction(self, beta: Tensor) -> Tensor:
+        """1 - prod(beta) over each tensor's steps so far, this one's `beta` included.
+
+        The bias of an average whose beta varies: with beta constant it is Adam's 1 - beta^t. The group keeps the
+        complement itself, c = 1 - b (1 - c), so that it starts at 0 like every other vector.
+
+        Args:
+            beta: one for all tensors or one for each.
+        """
+        return self.put("correction1", 1 - beta.to(self.device) * (1 - self.get("correction1")))
+
+
+class StepCounters:
+    """The `step` of state dictionaries, each read from its tensor at most once and advanced at most once.
+
+    A partition of many tensors has one state, hence one counter, for all of them.
+
+    Example:
+        >>> counters, state = StepCounters(), {}
+        >>> counters.advance(state), counters.advance(state), counters.read(state), state
+        (1.0, 1.0, 1.0, {'step': tensor(1.)})
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[int, float] = {}
+        self._advanced: set[int] = set()
+
+    def read(self, state: dict[str, Any]) -> float:
+        """The count; 0 before the first step."""
+        if id(state) not in self._values:
+            self._values[id(state)] = float(state["step"].item()) if "step" in state else 0.0
+        return self._values[id(state)]
+
+    def advance(self, state: dict[str, Any]) -> float:
+        """The count with the current step."""
+        if id(state) not in self._advanced:
+            self._advanced.add(id(state))
+            self._values[id(state)] = self.read(state) + 1
+            state["step"] = state.get("step", torch.zeros(())) + 1
+        return self._values[id(state)]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Pieces of tensors of one group that have a gradient and share a device and a dtype, ready for `_foreach` calls.
+
+    Attributes:
+        group: the parameter group, with its hyperparameters.
+        vectors: what the group keeps for each tensor.
+        index: the group's place among the step's groups.
+        pieces: which part of which tensor each entry is.
+        params: the pieces themselves; whole tensors where nothing is sharded.
+        raw_grads: their gradients as they are; `gradients()` gives what a rule works on.
+        holders: the tensors that hold the pieces, whose shape the state has.
+        states: the state dictionaries of the holders.
+        counters: the `step` of each state, read and advanced once per step; shared by all buckets.
+    """
+
+    group: dict[str, Any]
+    vectors: GroupVectors
+    index: int
+    pieces: list[Piece]
     params: list[Tensor]
     raw_grads: list[Tensor]
+    holders: list[Tensor]
     states: list[dict[str, Any]]
+    counters: StepCounters
 
     @property
     def device(self) -> torch.device:
-        """The device that holds every tensor of the bucket."""
+        """The device that holds every piece of the bucket."""
         return self.params[0].device
 
     @property
@@ -50,49 +132,34 @@ class Bucket:
         return compute_dtype(self.params[0])
 
     def elements(self) -> int:
-        """The number of elements of all its parameters."""
+        """The number of elements of all its pieces."""
         return sum(param.numel() for param in self.params)
 
-    def vector(self, name: str) -> Tensor:
-        """The group's vector `name`, one float64 entry per parameter of the group, zeros at its first use."""
-        vector: Tensor | None = self.group.get(name)
-        if vector is None:
-            vector = torch.zeros(len(self.group["params"]), dtype=sum_dtype(self.device), device=self.device)
-        vector = vector.to(self.device)  # a loaded state may lie elsewhere
-        self.group[name] = vector
-        return vector
-
     def scalars(self, values: Tensor) -> Tensor | list[Tensor]:
-        """`values`, 0-dim or one per tensor of the bucket, as `_foreach` functions take them."""
+        """`values`, 0-dim or one per tensor of the group, as `_foreach` functions take them for this bucket."""
         values = values.to(device=self.device, dtype=self.dtype)
-        return values if values.dim() == 0 else list(values.unbind())
+        if values.dim() == 0:
+            return values
+        rows = values.unbind()
+        return [rows[piece.position] for piece in self.pieces]
 
-    def buffers(self, name: str) -> list[Tensor]:
-        """The state tensor `name` of each parameter, created as zeros in the compute dtype at its first use."""
-        for param, state in zip(self.params, self.states, strict=True):
+    def buffers(self, name: str, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """The pieces of the state tensor `name`, created as zeros at its first use, in the compute dtype by default."""
+        for holder, state in zip(self.holders, self.states, strict=True):
             if name not in state:
-                state[name] = torch.zeros_like(param, dtype=self.dtype, memory_format=torch.preserve_format)
-        return [state[name] for state in self.states]
+                state[name] = torch.zeros_like(holder, dtype=dtype or self.dtype, memory_format=torch.preserve_format)
+        return [piece.of(state[name]) for piece, state in zip(self.pieces, self.states, strict=True)]
 
     def count_steps(self) -> list[float]:
-        """Advance each parameter's `step` by one and return them.
+        """Advance each `step` by one, once per step of the optimizer, and return them.
 
         The counters are 0-dim tensors in host memory, as in torch's own Adam: reading them waits for no device.
         """
-        for state in self.states:
-            state["step"] = state.get("step", torch.zeros(())) + 1
-        return [state["step"].item() for state in self.states]
+        return [self.counters.advance(state) for state in self.states]
 
-    def advance_correction(self, beta: Tensor) -> Tensor:
-        """1 - prod(beta) over each parameter's steps so far, this one's `beta` included; one entry per tensor.
-
-        The bias of an average whose beta varies: with beta constant it is Adam's 1 - beta^t. The group keeps the
-        complement itself, c = 1 - b (1 - c), so that it starts at 0 like every other vector.
-        """
-        before = take(self.vector("correction1"), self.positions)
-        correction = 1 - beta.to(self.device) * (1 - before)
-        self.group["correction1"] = put(self.group["correction1"], self.positions, correction)
-        return correction
+    def steps(self) -> list[float]:
+        """The steps counted so far; 0 before the first."""
+        return [self.counters.read(state) for state in self.states]
 
     def gradients(self) -> list[Tensor]:
         """The gradients of the loss in the compute dtype, negated if `maximize`.
@@ -131,30 +198,20 @@ def compute_dtype(param: Tensor) -> torch.dtype:
     return torch.float32 if param.dtype in _HALF else param.dtype
 
 
-def take(vector: Tensor, positions: list[int]) -> Tensor:
-    """The entries of `vector` at `positions`, in ascending order, without a transfer from the host.
+def merged(old: Tensor, positions: Sequence[int], new: Tensor) -> Tensor:
+    """A vector with the entries of `new` at `positions` and those of `old` elsewhere, without a transfer from the host.
 
     Indexing with a Python list would copy it to the device and wait; views and one stack do not.
 
     Example:
-        >>> take(torch.tensor([1.0, 2.0, 3.0]), [0, 2])
-        tensor([1., 3.])
-    """
-    return vector if len(positions) == len(vector) else torch.stack([vector[i] for i in positions])
-
-
-def put(vector: Tensor, positions: list[int], values: Tensor) -> Tensor:
-    """A vector with `values` at `positions` and the old entries elsewhere.
-
-    Example:
-        >>> put(torch.tensor([1.0, 2.0, 3.0]), [0, 2], torch.tensor([7.0, 9.0]))
+        >>> merged(torch.tensor([1.0, 2.0, 3.0]), [0, 2], torch.tensor([7.0, 8.0, 9.0]))
         tensor([7., 2., 9.])
     """
-    if len(positions) == len(vector):
-        return values
-    rows = list(vector.unbind())
-    for position, value in zip(positions, values.unbind(), strict=True):
-        rows[position] = value
+    if len(positions) == len(old):
+        return new
+    rows, replaced = list(old.unbind()), new.unbind()
+    for position in positions:
+        rows[position] = replaced[position]
     return torch.stack(rows)
 
 
@@ -169,27 +226,85 @@ def mean_of(values: list[Tensor]) -> Tensor:
     return torch.cat([value.reshape(-1).to(device) for value in values]).nanmean()
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step, as a method sees it.
+
+    Attributes:
+        groups: the parameter groups.
+        vectors: what each of them keeps for its tensors.
+        buckets: the pieces that this process updates; may be empty where it holds only padding.
+        numbers: each group's place among the groups that the user gave.
+        layout: how the tensors lie.
+        clipping: by what number a wrapper has divided the gradients to clip them; 1 where the caller clips.
+    """
+
+    groups: list[dict[str, Any]]
+    vectors: list[GroupVectors]
+    buckets: list[Bucket]
+    numbers: list[int]
+    layout: Layout
+    clipping: Callable[[], Tensor | float]
+
+    @property
+    def device(self) -> torch.device:
+        """Where sums over the model are formed."""
+        return self.vectors[0].device
+
+    def sum_over(self, name: str) -> Tensor:
+        """The sum of the groups' vectors `name` over all tensors that have a gradient in this step; 0-dim."""
+        entries = [vectors.get(name)[i] for vectors in self.vectors for i in vectors.active]
+        return torch.stack(entries).sum()
+
+    def totals(self, rows: Sequence[Tensor], width: int) -> list[Tensor]:
+        """Sums over tensors from sums over pieces; the one communication of a step.
+
+        Every process of a run calls it the same number of times, also one that holds nothing.
+
+        Args:
+            rows: for each bucket a `[pieces, width]` tensor.
+            width: the number of sums.
+
+        Returns:
+            For each group a `[tensors, width]` table, the same on every process; zeros for tensors without a gradient.
+        """
+        first = [sum(self.layout.counts[:number]) for number in range(len(self.layout.counts))]
+        lines = list(torch.zeros(sum(self.layout.counts), width, dtype=sum_dtype(self.device), device=self.device))
+        for bucket, sums in zip(self.buckets, rows, strict=True):
+            for piece, line in zip(bucket.pieces, sums.to(self.device).unbind(), strict=True):
+                lines[first[piece.group] + piece.position] = line
+        table = self.layout.totals(torch.stack(lines))
+        return [table[first[number] : first[number] + self.layout.counts[number]] for number in self.numbers]
+
+
 class MomentumOptimizer(torch.optim.Optimizer):
     """Base of the package's optimizers; not an update rule by itself.
 
     A subclass provides `_check(group)`, which validates the hyperparameters of one group, and
-    `_update(buckets)`, which performs one step. In return it gets closures under grad, several groups,
-    parameters without gradients, half-precision parameters with float32 state, and checkpoints that
-    continue bit for bit. Every number that evolves lives in `state` or in `param_groups`, so that a
+    `_update(step)`, which performs one step. In return it gets closures under grad, several groups,
+    parameters without gradients, half-precision parameters with float32 state, sharded parameters, and checkpoints
+    that continue bit for bit. Every number that evolves lives in `state` or in `param_groups`, so that a
     state dict is complete; nothing is created before the first step, because wrappers replace parameters.
     """
 
     PER_TENSOR: ClassVar[tuple[str, ...]] = ()
     """Names of the group entries that may hold one value per parameter, for logs."""
 
+    wrapper: Any = None
+    """DeepSpeed's optimizer around this one, which clips before it calls `step`; None elsewhere."""
+
+    _layout: tuple[list[int], Layout] | None = None
+    _zero: ZeroPartitions | None = None
+
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        self._given: set[int] = set()
+        # Weak, because FSDP2 must be able to free the tensors that it replaces.
+        self._given: list[list[weakref.ref[Tensor]]] = []
         super().__init__(params, {"algorithm": type(self).__name__, **defaults})
 
     def _check(self, group: Mapping[str, Any]) -> None:
         raise NotImplementedError
 
-    def _update(self, buckets: list[Bucket]) -> None:
+    def _update(self, step: Step) -> None:
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -200,17 +315,21 @@ class MomentumOptimizer(torch.optim.Optimizer):
         """
         self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
+        group = self.param_groups[-1]
+        group["index"] = len(self.param_groups) - 1  # DeepSpeed shows groups one at a time
+        for param in group["params"]:
             if not param.is_floating_point():
                 raise TypeError(
                     f"{type(self).__name__}: parameters must be real floating-point tensors, got one of dtype "
                     f"{param.dtype}; pass complex weights as their real view (torch.view_as_real)"
                 )
-            self._given.add(id(param))
+        self._given.append([weakref.ref(param) for param in group["params"]])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Perform one update.
+
+        Under DeepSpeed ZeRO-1 to 3 it is called several times for one update; the last call performs it.
 
         Args:
             closure: re-evaluates the model under grad and returns the loss; optional.
@@ -219,41 +338,122 @@ class MomentumOptimizer(torch.optim.Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse, or a parameter is stored in a layout without exact reductions.
+            UnsupportedLayoutError: a parameter is stored in a layout without exact reductions.
+            RuntimeError: a gradient is sparse.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        buckets = self._collect()
-        if buckets:
-            self._update(buckets)
+        collected = self._collect()
+        if collected is not None:
+            step, holders = collected
+            self._update(step)
+            if step.layout.publish is not None:
+                step.layout.publish(holders)
         return loss
 
-    def _collect(self) -> list[Bucket]:
+    def layout(self) -> Layout:
+        """How the tensors lie now, before or after the first step.
+
+        Raises:
+            UnsupportedLayoutError: in a way that is not supported.
+
+        Example:
+            >>> from hf_momentum import TAM
+            >>> TAM([torch.nn.Parameter(torch.zeros(2))]).layout().kind
+            'whole tensors'
+        """
+        if self._zero is not None:
+            return self._zero.layout
+        # Rebuilt when a wrapper has replaced the parameters, or a group was added.
+        ids = [id(param) for group in self.param_groups for param in group["params"]]
+        if self._layout is None or self._layout[0] != ids:
+            if is_marked(self._given):
+                self._zero = ZeroPartitions(self._given)
+                return self._zero.layout
+            given = [reference() for group in self._given for reference in group]
+            known = {id(param) for param in given}
+            self._layout = ids, lay_out(self.param_groups, lambda param: id(param) in known)
+        return self._layout[1]
+
+    def tensors(self) -> list[list[Tensor]]:
+        """The parameters of each group as the model holds them, also where a wrapper keeps others in the groups."""
+        return [group["params"] for group in self.param_groups] if self._zero is None else self._zero.tensors()
+
+    def _collect(self, observing: bool = False) -> tuple[Step, list[Holder]] | None:
+        """What there is to update: None if nothing has a gradient, or a wrapper is going to call again with the rest.
+
+        Args:
+            observing: only look; under ZeRO, whose gradients are not whole before the last call, there is nothing then.
+        """
+        layout, partitions = self.layout(), self._zero
+        if partitions is not None:
+            arrived = None if observing else partitions.arrive(self.param_groups)
+            if arrived is None:
+                return None
+            groups, holders = arrived
+            numbers = [group["index"] for group in groups]
+            active = [partitions.active[number] for number in numbers]
+        else:
+            groups, numbers, holders, active = self.param_groups, list(range(len(self.param_groups))), [], []
+            for number, group in enumerate(groups):
+                with_grad = [i for i, param in enumerate(group["params"]) if param.grad is not None]
+                active.append(tuple(with_grad))
+                for i in with_grad:
+                    param = group["params"][i]
+                    holders.append(Holder(param, param.grad, (Piece(number, i, start=None, numel=param.numel()),)))
+        if not holders:
+            return None
+        device = holders[0].tensor.device
+        vectors = [
+            GroupVectors(group, layout.counts[number], positions, device)
+            for group, number, positions in zip(groups, numbers, active, strict=True)
+        ]
+        buckets = self._buckets(groups, numbers, vectors, holders)
+        return Step(groups, vectors, buckets, numbers, layout, self._clipping), holders
+
+    def _buckets(
+        self,
+        groups: list[dict[str, Any]],
+        numbers: list[int],
+        vectors: list[GroupVectors],
+        holders: list[Holder],
+    ) -> list[Bucket]:
         buckets: list[Bucket] = []
         open_buckets: dict[tuple[int, torch.device, torch.dtype], Bucket] = {}
-        for index, group in enumerate(self.param_groups):
-            for position, param in enumerate(group["params"]):
-                grad = param.grad
-                if grad is None:
-                    continue
-                require_whole_tensor(param, self._given)
-                if grad.layout != torch.strided:
+        counters = StepCounters()
+        for holder in holders:
+            for piece in holder.pieces:
+                if holder.grad.layout != torch.strided:
                     raise RuntimeError(
-                        f"{type(self).__name__} does not support sparse gradients (parameter {position} of group "
-                        f"{index}, shape {tuple(param.shape)}); build the embedding with sparse=False"
+                        f"{type(self).__name__} does not support sparse gradients (parameter {piece.position} of group "
+                        f"{piece.group}, shape {tuple(holder.tensor.shape)}); build the embedding with sparse=False"
                     )
-                key = (index, param.device, param.dtype)
+                param, grad = piece.of(holder.tensor), piece.of(holder.grad)
+                key = (piece.group, param.device, param.dtype)
                 bucket = open_buckets.get(key)
                 if bucket is None or bucket.elements() + param.numel() > _BUCKET_ELEMENTS:
-                    bucket = open_buckets[key] = Bucket(group, [], [], [], [])
+                    index = numbers.index(piece.group)
+                    bucket = Bucket(groups[index], vectors[index], index, [], [], [], [], [], counters)
+                    open_buckets[key] = bucket
                     buckets.append(bucket)
-                bucket.positions.append(position)
+                bucket.pieces.append(piece)
                 bucket.params.append(param)
                 bucket.raw_grads.append(grad)
-                bucket.states.append(self.state[param])
+                bucket.holders.append(holder.tensor)
+                bucket.states.append(self.state[holder.tensor])
         return buckets
+
+    def _clipping(self) -> Tensor | float:
+        if self._zero is None:
+            return 1.0
+        if self.wrapper is None:
+            raise RuntimeError(
+                f"{type(self).__name__} cannot tell by how much DeepSpeed clipped its gradients; import hf_momentum "
+                "before deepspeed.initialize is called"
+            )
+        return clipping_factor(self.wrapper)
 
     def dynamics(self) -> dict[str, Tensor]:
         """The method's inner quantities after the last step, as 0-dim tensors still on the device; empty before it."""
@@ -262,11 +462,13 @@ class MomentumOptimizer(torch.optim.Optimizer):
     def tensor_dynamics(self) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """Those of the inner quantities that are kept per parameter: pairs of parameter and 0-dim tensor, by name."""
         found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for group in self.param_groups:
+        tensors = self.tensors()
+        for number, group in enumerate(self.param_groups):
+            params = tensors[number if self._zero is None else group["index"]]
             for name in self.PER_TENSOR:
                 vector = group.get(name)
                 if isinstance(vector, Tensor) and vector.dim() == 1:
-                    found.setdefault(name, []).extend(zip(group["params"], vector.unbind(), strict=True))
+                    found.setdefault(name, []).extend(zip(params, vector.unbind(), strict=True))
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -292,5 +494,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for index, group in enumerate(self.param_groups):
+            group.setdefault("index", index)
         if "_given" not in self.__dict__:  # a copy made by copy.deepcopy or pickle holds its own parameters
-            self._given = {id(param) for group in self.param_groups for param in group["params"]}
+            self._given = [[weakref.ref(param) for param in group["params"]] for group in self.param_groups]

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_momentum.kernels import squared_norms, sum_dtype
-from hf_momentum.optim.adam import adam_directions
+from hf_momentum.kernels import sum_dtype
+from hf_momentum.optim.adam import adam_directions, last_adam_directions
 from hf_momentum.optim.arguments import check_bool, check_choice, check_real
-from hf_momentum.optim.base import Bucket, MomentumOptimizer, mean_of
-from hf_momentum.optim.curvature import curvatures, observe_differences, store_displacement
+from hf_momentum.optim.base import Bucket, MomentumOptimizer, Step, mean_of
+from hf_momentum.optim.curvature import Displacements, curvatures, observe
 from hf_momentum.optim.momentum_laws import CRITICAL, FORMULAS, HIGH, LOW
 
 SGDLaw = Literal["critical", "critical_exact", "critical_nesterov"]
@@ -36,23 +36,22 @@ def critical_momentum(law: str, curvature: Tensor, lr: float, low: float, high: 
     return torch.where(curvature.isnan(), torch.full_like(mu, low), mu)
 
 
-def _momenta(groups: list[dict[str, Any]], buckets: list[Bucket]) -> list[Tensor]:
-    """This step's mu for each bucket; `mu` and `damping_ratio` are kept in the groups for logs."""
-    measured = groups[0]["curvature"] == "measured"
+def _momenta(step: Step, displacements: Displacements) -> list[Tensor]:
+    """This step's mu for each group; `mu` and `damping_ratio` are kept in the groups for logs."""
+    measured = step.groups[0]["curvature"] == "measured"
     if measured:
-        observe_differences(buckets, lambda bucket: None)
-        found = curvatures(groups, buckets, "global", name="measured_curvature")
+        observe(step, displacements)
+        found = curvatures(step, "global", name="measured_curvature")
     momenta = []
-    for index, bucket in enumerate(buckets):
-        group, device = bucket.group, bucket.device
+    for index, group in enumerate(step.groups):
         arguments = (group["lr"], group["low"], group["high"])
         if measured:
-            curvature = found[index].to(device)
+            curvature = found[index]
             mu = critical_momentum(group["law"], curvature, *arguments)
         else:
             lr, low, high = arguments
             # Filled on the device: a copy from the host would have to be waited for.
-            curvature = torch.full((), group["curvature"], dtype=sum_dtype(device), device=device)
+            curvature = torch.full((), group["curvature"], dtype=sum_dtype(step.device), device=step.device)
             mu = torch.full_like(curvature, CRITICAL[group["law"]](lr, group["curvature"], low, high))
         group["mu"] = mu
         group["damping_ratio"] = (1 - mu) / (2 * (group["lr"] * curvature).sqrt())
@@ -115,10 +114,10 @@ class CriticalSGD(MomentumOptimizer):
         decoupled_weight_decay: True (default), or False to add wd w to the gradient as torch's SGD does.
         maximize: ascend instead of descend. Default False.
 
-    State: `momentum_buffer` per parameter, with a measured curvature also `previous_grad`; in the groups `mu`,
-    `damping_ratio` = (1 - mu) / (2 sqrt(lr L)) and what the measurement needs.
+    State: `momentum_buffer` per parameter, with a measured curvature also `previous_grad` (and with critical_nesterov
+    `direction`); in the groups `mu`, `damping_ratio` = (1 - mu) / (2 sqrt(lr L)) and what the measurement needs.
 
-    Cost: that of SGD with momentum; measured curvature adds one buffer and two sums.
+    Cost: that of SGD with momentum; measured curvature adds one buffer (two with critical_nesterov) and two sums.
 
     Caveats: the effective learning rate lr / (1 - mu) is sqrt(lr) / 2 under the paper's law: at lr 0.1 that is 0.158,
     where momentum 0.9 has 1.0. Compare at equal effective learning rate.
@@ -164,19 +163,25 @@ class CriticalSGD(MomentumOptimizer):
     def _check(self, group: Mapping[str, Any]) -> None:
         _check_critical(self, group, tuple(CRITICAL))
 
-    def _update(self, buckets: list[Bucket]) -> None:
-        for bucket, mu in zip(buckets, _momenta(self.param_groups, buckets), strict=True):
+    def _update(self, step: Step) -> None:
+        momenta = _momenta(step, _sgd_displacements)
+        for bucket in step.buckets:
             group, w = bucket.group, bucket.weights()
             grads = bucket.decayed_gradients()
             m = bucket.buffers("momentum_buffer")
-            scale = bucket.scalars(mu)
+            scale = bucket.scalars(momenta[bucket.index])
             # m = mu m + g
             torch._foreach_mul_(m, scale)
             torch._foreach_add_(m, grads)
-            step = m
+            direction = m
             if group["law"] == "critical_nesterov":
-                step = list(torch._foreach_add(grads, torch._foreach_mul(m, scale)))
-            _apply(bucket, w, step)
+                direction = list(torch._foreach_add(grads, torch._foreach_mul(m, scale)))
+                if group["curvature"] == "measured":  # g is gone by the next step, so m does not say where this one led
+                    torch._foreach_copy_(bucket.buffers("direction"), direction)
+            _apply(bucket, w, direction)
+        for vectors in step.vectors if step.groups[0]["curvature"] == "measured" else ():
+            scale = vectors.get("displacement_scale")
+            vectors.put("displacement_scale", torch.full_like(scale, vectors.group["lr"]))
 
     def dynamics(self) -> dict[str, Tensor]:
         """`mu`, `damping_ratio` and `effective_lr` of the last step, and `measured_curvature` where it is measured."""
@@ -258,32 +263,43 @@ class CriticalAdamW(MomentumOptimizer):
             raise ValueError("CriticalAdamW: its weight decay is decoupled; there is no coupled form")
         _check_critical(self, group, ("critical", "critical_exact"))
 
-    def _update(self, buckets: list[Bucket]) -> None:
-        for bucket, mu in zip(buckets, _momenta(self.param_groups, buckets), strict=True):
+    def _update(self, step: Step) -> None:
+        momenta = _momenta(step, _adam_displacements)
+        corrections = [vectors.advance_correction(mu) for vectors, mu in zip(step.vectors, momenta, strict=True)]
+        for bucket in step.buckets:
             directions = adam_directions(
                 bucket.gradients(),
                 bucket.buffers("exp_avg"),
                 bucket.buffers("exp_avg_sq"),
                 bucket.count_steps(),
-                bucket.scalars(mu),
-                bucket.scalars(bucket.advance_correction(mu)),
+                bucket.scalars(momenta[bucket.index]),
+                bucket.scalars(corrections[bucket.index]),
                 beta2=bucket.group["beta2"],
                 eps=bucket.group["eps"],
             )
             _apply(bucket, bucket.weights(), directions)
+        if step.groups[0]["curvature"] == "measured":
+            for vectors, correction in zip(step.vectors, corrections, strict=True):
+                vectors.put("displacement_scale", vectors.group["lr"] / correction)
 
     def dynamics(self) -> dict[str, Tensor]:
         """`mu` (b1), `damping_ratio`, `effective_lr` of the last step, and `measured_curvature` where measured."""
         return _dynamics(self.param_groups)
 
 
-def _apply(bucket: Bucket, weights: list[Tensor], step: list[Tensor]) -> None:
-    """w = (1 - lr wd) w - lr step, and the displacement's norm where the curvature is measured."""
+def _sgd_displacements(bucket: Bucket) -> tuple[list[Tensor], None]:
+    nesterov = bucket.group["law"] == "critical_nesterov"
+    return bucket.buffers("direction" if nesterov else "momentum_buffer"), None
+
+
+def _adam_displacements(bucket: Bucket) -> tuple[list[Tensor], None]:
+    return last_adam_directions(bucket)[0], None
+
+
+def _apply(bucket: Bucket, weights: list[Tensor], directions: list[Tensor]) -> None:
+    """w = (1 - lr wd) w - lr u."""
     group = bucket.group
-    lr = group["lr"]
-    if group["curvature"] == "measured":
-        store_displacement(bucket, lr**2 * squared_norms(step))
     if group["weight_decay"] and group["decoupled_weight_decay"]:
-        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-    torch._foreach_add_(weights, step, alpha=-lr)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+    torch._foreach_add_(weights, directions, alpha=-group["lr"])
     bucket.store(weights)

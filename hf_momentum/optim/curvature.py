@@ -1,78 +1,79 @@
 """The curvature that successive gradients see: l = |g_k - g_{k-1}| / |w_k - w_{k-1}|, over everything or per tensor.
 
-Each parameter keeps its previous gradient; of its displacement only the squared norm is kept, in the group's vector
-`squared_displacement`. Parameters without a gradient in a step take no part in that step's l.
+Each piece keeps its previous gradient. The norm of the last displacement is formed anew from the state that produced
+it, together with the norm of the difference, so that one sum over processes serves both. Parameters without a gradient
+in a step take no part in that step's l.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_momentum.kernels import squared_norms
-from hf_momentum.optim.base import Bucket, put, take
+from hf_momentum.optim.base import Bucket, Step
 
-Preconditioner = Callable[[Bucket], list[Tensor] | None]
+Displacements = Callable[[Bucket], tuple[list[Tensor], list[Tensor] | None]]
+"""For a bucket: the last displacements up to a factor per tensor, and what divides a difference (None: nothing)."""
 
 
-def observe_differences(buckets: list[Bucket], preconditioner: Preconditioner, *, half: bool = False) -> None:
-    """Store |g - g_prev|^2 of each tensor in `squared_difference`, and keep g for the next step.
+def observe(step: Step, displacements: Displacements, *, half: bool = False, unclipped: bool = False) -> None:
+    """Take in this step's gradients: `squared_difference` and `squared_displacement` of each tensor, in the groups.
+
+    A group's vector `displacement_scale` holds the factors that `displacements` leaves out; 0 means that there has been
+    no displacement yet. Tensors that are seen for the first time have no difference.
 
     Args:
-        buckets: the parameters that have a gradient.
-        preconditioner: gives a bucket's denominators, by which the difference is divided, or None.
+        step: the step, with gradients that nobody has clipped yet if possible.
+        displacements: see `Displacements`.
         half: keep the previous gradient in bfloat16 instead of the bucket's compute dtype.
+        unclipped: undo a wrapper's clipping, where one clips before the optimizer is called.
     """
-    for bucket in buckets:
-        seen = [state.get("previous_grad") for state in bucket.states]
-        grads = bucket.gradients()
-        previous = [grad if old is None else old.to(grad.dtype) for grad, old in zip(grads, seen, strict=True)]
-        differences = torch._foreach_sub(grads, previous)
-        denominators = preconditioner(bucket)
-        if denominators is not None:
-            torch._foreach_div_(differences, denominators)
-        for difference, old in zip(differences, seen, strict=True):
-            if old is None:
-                difference.zero_()  # seen for the first time: no difference, whatever its denominator
-        stored = put(bucket.vector("squared_difference"), bucket.positions, squared_norms(differences))
-        bucket.group["squared_difference"] = stored
-        for state, grad, old in zip(bucket.states, grads, seen, strict=True):
-            if old is None:
-                dtype = torch.bfloat16 if half else bucket.dtype
-                state["previous_grad"] = grad.to(dtype, copy=True, memory_format=torch.preserve_format)
-            else:
-                old.copy_(grad)
+    factor = step.clipping() if unclipped else 1.0
+    rows = []
+    for bucket in step.buckets:
+        directions, denominators = displacements(bucket)
+        rows.append(
+            torch.stack([_squared_differences(bucket, denominators, half, factor), squared_norms(directions)], 1)
+        )
+    for vectors, table in zip(step.vectors, step.totals(rows, width=2), strict=True):
+        vectors.put("squared_difference", table[:, 0])
+        scale = vectors.get("displacement_scale")
+        squared = torch.where(scale == 0, torch.zeros_like(scale), table[:, 1] * scale.square())
+        vectors.put("squared_displacement", squared)
 
 
-def store_displacement(bucket: Bucket, squared: Tensor) -> None:
-    """Keep the squared norms of this step's displacements, one per tensor of the bucket."""
-    vector = bucket.vector("squared_displacement")
-    bucket.group["squared_displacement"] = put(vector, bucket.positions, squared)
+def _squared_differences(
+    bucket: Bucket, denominators: list[Tensor] | None, half: bool, factor: Tensor | float
+) -> Tensor:
+    """|g - g_prev|^2 of each piece, and g kept for the next step."""
+    grads = bucket.gradients()
+    if isinstance(factor, Tensor):
+        grads = list(torch._foreach_mul(grads, factor.to(grads[0])))
+    new = ["previous_grad" not in state for state in bucket.states]
+    previous = bucket.buffers("previous_grad", torch.bfloat16 if half else None)
+    differences = torch._foreach_sub(grads, [old.to(grad.dtype) for old, grad in zip(previous, grads, strict=True)])
+    if denominators is not None:
+        torch._foreach_div_(differences, denominators)
+    for difference, first in zip(differences, new, strict=True):
+        if first:
+            difference.zero_()  # seen for the first time: no difference, whatever its denominator
+    for old, grad in zip(previous, grads, strict=True):
+        old.copy_(grad)
+    return squared_norms(differences)
 
 
-def curvatures(
-    groups: list[dict[str, Any]], buckets: list[Bucket], granularity: str, name: str = "curvature"
-) -> list[Tensor]:
-    """l for each bucket: 0-dim and the same for all if global, else one entry per tensor. NaN before any displacement.
+def curvatures(step: Step, granularity: str, name: str = "curvature") -> list[Tensor]:
+    """l for each group: 0-dim and the same for all if global, else one entry per tensor. NaN before any displacement.
 
     Also stored as `name` in the groups, for logs.
     """
-    pairs = []
-    for bucket in buckets:
-        both = (bucket.vector("squared_difference"), bucket.vector("squared_displacement"))
-        pairs.append([take(vector, bucket.positions) for vector in both])
     if granularity == "tensor":
-        values = [ratio(difference, displacement) for difference, displacement in pairs]
-        for bucket, value in zip(buckets, values, strict=True):
-            bucket.group[name] = put(bucket.vector(name), bucket.positions, value)
-        return values
-    device = buckets[0].device
-    difference, displacement = (torch.stack([each[i].sum().to(device) for each in pairs]).sum() for i in (0, 1))
-    value = ratio(difference, displacement)
-    for group in groups:
+        return [v.put(name, ratio(v.get("squared_difference"), v.get("squared_displacement"))) for v in step.vectors]
+    value = ratio(step.sum_over("squared_difference"), step.sum_over("squared_displacement"))
+    for group in step.groups:
         group[name] = value
-    return [value] * len(buckets)
+    return [value] * len(step.groups)
 
 
 def ratio(squared_difference: Tensor, squared_displacement: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_momentum.kernels import alignment_sums
 from hf_momentum.optim.arguments import check_betas, check_bool, check_choice, check_real
-from hf_momentum.optim.base import Bucket, MomentumOptimizer, mean_of, put, take
+from hf_momentum.optim.base import GroupVectors, MomentumOptimizer, Step, mean_of
 
 Granularity = Literal["global", "tensor"]
 
@@ -147,48 +147,43 @@ def adatam_update_(
 # ---- what the classes share: S, s and d of one step ---------------------------------------------------------
 
 
-def damped_scales(
-    groups: list[dict[str, Any]], buckets: list[Bucket], momenta: list[list[Tensor]], eps: str
-) -> list[Tensor | list[Tensor]]:
+def damped_scales(step: Step, momenta: list[list[Tensor]], eps: str) -> list[Tensor | list[Tensor]]:
     """Advance `cosine` (S) and `smoothed_cosine` (s) in the groups; return eps + d for each bucket.
 
     With `granularity="global"` one S over everything is shared by all groups; with `"tensor"` each group holds a
-    vector with one entry per parameter. `eps` names the hyperparameter to add.
+    vector with one entry per tensor. `eps` names the hyperparameter to add.
     """
-    sums = [alignment_sums(m, bucket.decayed_gradients()) for m, bucket in zip(momenta, buckets, strict=True)]
-    for bucket, rows in zip(buckets, sums, strict=True):
-        stored = put(bucket.vector("tensor_cosine"), bucket.positions, cosine(rows))
-        bucket.group["tensor_cosine"] = stored  # for logs: which tensors agree with their momentum
-    if groups[0]["granularity"] == "global":
-        smoothings = _advance_global(groups, sums)
+    sums = [alignment_sums(m, bucket.decayed_gradients()) for m, bucket in zip(momenta, step.buckets, strict=True)]
+    tables = step.totals(sums, width=3)
+    for vectors, table in zip(step.vectors, tables, strict=True):
+        vectors.put("tensor_cosine", cosine(table))  # for logs: which tensors agree with their momentum
+    if step.groups[0]["granularity"] == "global":
+        smoothings = _advance_global(step.groups, torch.cat(tables).sum(0))
     else:
-        smoothings = [_advance_tensors(bucket) for bucket in buckets]
+        smoothings = [_advance_tensors(vectors) for vectors in step.vectors]
     scales: list[Tensor | list[Tensor]] = []
-    for bucket, s in zip(buckets, smoothings, strict=True):
-        fixed = bucket.group["fixed_damping"]
+    for bucket in step.buckets:
+        s, fixed = smoothings[bucket.index], bucket.group["fixed_damping"]
         d = damping(s) if fixed is None else torch.full_like(s, fixed)
         scales.append(bucket.scalars(bucket.group[eps] + d))
     return scales
 
 
-def _advance_global(groups: list[dict[str, Any]], sums: list[Tensor]) -> list[Tensor]:
-    device = sums[0].device
-    cos = cosine(torch.stack([rows.sum(0).to(device) for rows in sums]).sum(0))
+def _advance_global(groups: list[dict[str, Any]], sums: Tensor) -> list[Tensor]:
+    cos = cosine(sums)
     # A group added in mid-training joins the model's s; a loaded state may lie on another device.
-    stored = [group["smoothed_cosine"].to(device) for group in groups if "smoothed_cosine" in group]
+    stored = [group["smoothed_cosine"].to(cos.device) for group in groups if "smoothed_cosine" in group]
     s = smoothed(stored[0] if stored else torch.zeros_like(cos), cos, groups[0]["gamma"])
     for group in groups:
         group["cosine"], group["smoothed_cosine"] = cos, s
-    return [s] * len(sums)
+    return [s] * len(groups)
 
 
-def _advance_tensors(bucket: Bucket) -> Tensor:
-    group, smoothings = bucket.group, bucket.vector("smoothed_cosine")
+def _advance_tensors(vectors: GroupVectors) -> Tensor:
+    group = vectors.group
     group["cosine"] = group["tensor_cosine"]
-    cos = take(group["cosine"], bucket.positions)
-    s = smoothed(take(smoothings, bucket.positions), cos, group["gamma"])
-    group["smoothed_cosine"] = put(smoothings, bucket.positions, s)
-    return s
+    s = smoothed(vectors.get("smoothed_cosine"), group["cosine"], group["gamma"])
+    return vectors.put("smoothed_cosine", s)
 
 
 def torque_dynamics(groups: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -334,10 +329,10 @@ class TAM(MomentumOptimizer):
         check_bool("TAM", "decoupled_weight_decay", group["decoupled_weight_decay"])
         _check_torque(self, group, group["momentum"])
 
-    def _update(self, buckets: list[Bucket]) -> None:
-        momenta = [bucket.buffers("momentum_buffer") for bucket in buckets]
-        scales = damped_scales(self.param_groups, buckets, momenta, "eps")
-        for bucket, m, scale in zip(buckets, momenta, scales, strict=True):
+    def _update(self, step: Step) -> None:
+        momenta = [bucket.buffers("momentum_buffer") for bucket in step.buckets]
+        scales = damped_scales(step, momenta, "eps")
+        for bucket, m, scale in zip(step.buckets, momenta, scales, strict=True):
             group, grads, w = bucket.group, bucket.decayed_gradients(), bucket.weights()
             wd = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
             tam_update_(w, grads, m, scale, lr=group["lr"], momentum=group["momentum"], weight_decay=wd)
@@ -436,8 +431,8 @@ class AdaTAM(MomentumOptimizer):
         check_bool("AdaTAM", "decoupled_weight_decay", group["decoupled_weight_decay"])
         check_adatam(self, group)
 
-    def _update(self, buckets: list[Bucket]) -> None:
-        adatam_step(self.param_groups, buckets)
+    def _update(self, step: Step) -> None:
+        adatam_step(step)
 
     def dynamics(self) -> dict[str, Tensor]:
         """`cosine` (S), `damping` (d) and `effective_lr` after the last step."""
@@ -519,8 +514,8 @@ class AdaTAMW(MomentumOptimizer):
             raise ValueError("AdaTAMW: its weight decay is decoupled; for the coupled form use AdaTAM")
         check_adatam(self, group)
 
-    def _update(self, buckets: list[Bucket]) -> None:
-        adatam_step(self.param_groups, buckets)
+    def _update(self, step: Step) -> None:
+        adatam_step(step)
 
     def dynamics(self) -> dict[str, Tensor]:
         """`cosine` (S), `damping` (d) and `effective_lr` after the last step."""
@@ -537,11 +532,11 @@ def check_adatam(optimizer: MomentumOptimizer, group: Mapping[str, Any]) -> None
     _check_torque(optimizer, group, group["betas"][0])
 
 
-def adatam_step(groups: list[dict[str, Any]], buckets: list[Bucket]) -> None:
-    """One step of AdaTAM or AdaTAMW on collected buckets."""
-    moments = [bucket.buffers("exp_avg") for bucket in buckets]
-    scales = damped_scales(groups, buckets, moments, "torque_eps")
-    for bucket, m, scale in zip(buckets, moments, scales, strict=True):
+def adatam_step(step: Step) -> None:
+    """One step of AdaTAM or AdaTAMW."""
+    moments = [bucket.buffers("exp_avg") for bucket in step.buckets]
+    scales = damped_scales(step, moments, "torque_eps")
+    for bucket, m, scale in zip(step.buckets, moments, scales, strict=True):
         group, w = bucket.group, bucket.weights()
         adatam_update_(
             w,

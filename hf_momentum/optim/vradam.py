@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_momentum.kernels import squared_norms, sum_dtype
+from hf_momentum.kernels import squared_norms
 from hf_momentum.optim.adam import adam_denominators
 from hf_momentum.optim.arguments import check_betas, check_bool, check_choice, check_real
-from hf_momentum.optim.base import Bucket, MomentumOptimizer, mean_of, put
+from hf_momentum.optim.base import Bucket, MomentumOptimizer, Step, mean_of
 
 NormScope = Literal["global", "group", "tensor"]
 NormOf = Literal["momentum", "update"]
@@ -105,47 +105,33 @@ def vr_update_(
 # ---- what the classes share: one gate over everything, one per group, or one per tensor ----------------------
 
 
-def pooled(buckets: list[Bucket], rows: list[Tensor], scope: NormScope) -> list[Tensor]:
-    """Squared norms over the scope of each bucket, from those of its tensors: 0-dim, or one per tensor."""
+def pooled(tables: list[Tensor], scope: NormScope) -> list[Tensor]:
+    """Squared norms over the scope of each group, from those of its tensors: 0-dim, or one per tensor."""
     if scope == "tensor":
-        return rows
-    keys = [id(bucket.group) if scope == "group" else 0 for bucket in buckets]
-    totals: dict[int, Tensor] = {}
-    for key, row in zip(keys, rows, strict=True):
-        total = row.sum()
-        totals[key] = totals[key] + total.to(totals[key].device) if key in totals else total
-    return [totals[key] for key in keys]
+        return tables
+    if scope == "group":
+        return [table.sum() for table in tables]
+    return [torch.cat(tables).sum()] * len(tables)
 
 
-def advance_gates(
-    groups: list[dict[str, Any]], buckets: list[Bucket], momenta: list[Tensor], gated: list[Tensor]
-) -> list[Tensor]:
-    """lr_t / lr for each bucket, 0-dim or one per tensor; kept with |m| as `lr_ratio` and `momentum_norm`.
+def advance_gates(step: Step, rows: list[Tensor]) -> list[Tensor]:
+    """lr_t / lr for each group, 0-dim or one per tensor; kept with |m| as `lr_ratio` and `momentum_norm`.
 
     Args:
-        groups: all parameter groups.
-        buckets: the parameters that have a gradient.
-        momenta: the squared norms of the first moments, one vector per bucket.
-        gated: the squared norms that the gate takes, likewise.
+        step: the step.
+        rows: for each bucket `[pieces, 2]`: the squared norms of the first moments, and those that the gate takes.
     """
-    scope = groups[0]["norm_scope"]
-    norms = [square.sqrt() for square in pooled(buckets, momenta, scope)]
-    squares = pooled(buckets, gated, scope)
-    ratios = [gate(x, b.group["beta3"], b.group["alpha1"]) for b, x in zip(buckets, squares, strict=True)]
-    if scope == "global":  # also for groups without a gradient in this step
-        for group in groups:
-            group["lr_ratio"], group["momentum_norm"] = ratios[0], norms[0]
-        return ratios
-    for bucket, ratio, norm in zip(buckets, ratios, norms, strict=True):
-        group = bucket.group
-        if scope == "group":
-            group["lr_ratio"], group["momentum_norm"] = ratio, norm
-            continue
-        if "lr_ratio" not in group:  # a parameter that never had a gradient has m = 0, so its gate is 1
-            count, dtype = len(group["params"]), sum_dtype(bucket.device)
-            group["lr_ratio"] = torch.ones(count, dtype=dtype, device=bucket.device)
-        group["lr_ratio"] = put(bucket.vector("lr_ratio"), bucket.positions, ratio)
-        group["momentum_norm"] = put(bucket.vector("momentum_norm"), bucket.positions, norm)
+    scope = step.groups[0]["norm_scope"]
+    tables = step.totals(rows, width=2)
+    norms = [square.sqrt() for square in pooled([table[:, 0] for table in tables], scope)]
+    squares = pooled([table[:, 1] for table in tables], scope)
+    ratios = [gate(x, group["beta3"], group["alpha1"]) for group, x in zip(step.groups, squares, strict=True)]
+    for vectors, ratio, norm in zip(step.vectors, ratios, norms, strict=True):
+        if scope == "tensor":  # a parameter that never had a gradient has m = 0, so its gate is 1
+            vectors.put("lr_ratio", ratio, initial=1.0)
+            vectors.put("momentum_norm", norm)
+        elif scope == "global" or vectors.active:  # the one gate is also that of groups without a gradient
+            vectors.group["lr_ratio"], vectors.group["momentum_norm"] = ratio, norm
     return ratios
 
 
@@ -288,27 +274,27 @@ class VRAdam(MomentumOptimizer):
         check_choice("VRAdam", "norm_of", group["norm_of"], ("momentum", "update"))
         check_gate(self, group, shared=("beta3", "alpha1", "norm_of"))
 
-    def _update(self, buckets: list[Bucket]) -> None:
-        steps = [bucket.count_steps() for bucket in buckets]
-        for bucket in buckets:
+    def _update(self, step: Step) -> None:
+        rows = []
+        for bucket in step.buckets:
             beta1, beta2 = bucket.group["betas"]
             grads = bucket.gradients()
+            bucket.count_steps()
             average_(bucket.buffers("exp_avg"), grads, beta1)
             average_squares_(bucket.buffers("exp_avg_sq"), grads, beta2)
-        momenta = [squared_norms(bucket.buffers("exp_avg")) for bucket in buckets]
-        gated = list(momenta)
-        for i, bucket in enumerate(buckets):
+            norms = gated = squared_norms(bucket.buffers("exp_avg"))
             if bucket.group["norm_of"] == "update":
-                gated[i] = squared_norms(self._directions(bucket, steps[i]))
-        ratios = advance_gates(self.param_groups, buckets, momenta, gated)
-        for bucket, counts, ratio in zip(buckets, steps, ratios, strict=True):
+                gated = squared_norms(self._directions(bucket))
+            rows.append(torch.stack([norms, gated], 1))
+        ratios = advance_gates(step, rows)
+        for bucket in step.buckets:
             # Formed anew for one bucket at a time: u of the whole model would be a third buffer.
-            descend(bucket, self._directions(bucket, counts), ratio)
+            descend(bucket, self._directions(bucket), ratios[bucket.index])
 
     @staticmethod
-    def _directions(bucket: Bucket, steps: Sequence[float]) -> list[Tensor]:
+    def _directions(bucket: Bucket) -> list[Tensor]:
         m, v = bucket.buffers("exp_avg"), bucket.buffers("exp_avg_sq")
-        return step_directions(m, v, steps, betas=bucket.group["betas"], eps=bucket.group["eps"])
+        return step_directions(m, v, bucket.steps(), betas=bucket.group["betas"], eps=bucket.group["eps"])
 
     def dynamics(self) -> dict[str, Tensor]:
         """`lr_ratio` (lr_t / lr), `momentum_norm` (|m|) and `effective_lr` (lr_t) after the last step."""
@@ -381,14 +367,16 @@ class VRMomentum(MomentumOptimizer):
         check_real("VRMomentum", "momentum", group["momentum"], 0, 1, high_open=True)
         check_gate(self, group, shared=("beta3", "alpha1"))
 
-    def _update(self, buckets: list[Bucket]) -> None:
-        momenta = [bucket.buffers("momentum_buffer") for bucket in buckets]
-        for bucket, m in zip(buckets, momenta, strict=True):
+    def _update(self, step: Step) -> None:
+        rows = []
+        for bucket in step.buckets:
+            m = bucket.buffers("momentum_buffer")
             average_(m, bucket.gradients(), bucket.group["momentum"])
-        squares = [squared_norms(m) for m in momenta]
-        ratios = advance_gates(self.param_groups, buckets, squares, squares)
-        for bucket, m, ratio in zip(buckets, momenta, ratios, strict=True):
-            descend(bucket, m, ratio)
+            squares = squared_norms(m)
+            rows.append(torch.stack([squares, squares], 1))
+        ratios = advance_gates(step, rows)
+        for bucket in step.buckets:
+            descend(bucket, bucket.buffers("momentum_buffer"), ratios[bucket.index])
 
     def dynamics(self) -> dict[str, Tensor]:
         """`lr_ratio` (lr_t / lr), `momentum_norm` (|m|) and `effective_lr` (lr_t) after the last step."""

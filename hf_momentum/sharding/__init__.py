@@ -1,5 +1,19 @@
-"""Who owns which piece of which parameter. A single process, where every tensor is whole, is the simplest case."""
+"""Who owns which piece of which parameter, and exact sums over all of them.
 
-from hf_momentum.sharding.layout import SUPPORTED, UnsupportedLayoutError, require_whole_tensor
+A single process, where every tensor is whole, is the simplest case.
+"""
 
-__all__ = ["SUPPORTED", "UnsupportedLayoutError", "require_whole_tensor"]
+from hf_momentum.sharding.layout import SUPPORTED, Holder, Layout, Piece, UnsupportedLayoutError, lay_out
+from hf_momentum.sharding.zero import ZeroPartitions, clipping_factor, is_marked
+
+__all__ = [
+    "SUPPORTED",
+    "Holder",
+    "Layout",
+    "Piece",
+    "UnsupportedLayoutError",
+    "ZeroPartitions",
+    "clipping_factor",
+    "is_marked",
+    "lay_out",
+]
