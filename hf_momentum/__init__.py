@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_momentum.errors import InputError
 from hf_momentum.integrations import OPTIMIZERS, create_optimizer, optimizer_cls_and_kwargs
-from hf_momentum.integrations.transformers_hook import install as _install
+from hf_momentum.integrations import deepspeed_hook as _deepspeed_hook
+from hf_momentum.integrations import transformers_hook as _transformers_hook
 from hf_momentum.optim import (
     AHBSGD,
     TAM,
@@ -56,7 +57,8 @@ __all__ = [
     "optimizer_cls_and_kwargs",
 ]
 
-_install()
+_transformers_hook.install()
+_deepspeed_hook.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -32,6 +32,7 @@ def install() -> None:
     """Register the names now if transformers is loaded, else when it is. Safe to call again."""
     wrapt.register_post_import_hook(_or_warn(add_names), "transformers.training_args")
     wrapt.register_post_import_hook(_or_warn(add_handlers), "transformers.trainer_optimizer")
+    wrapt.register_post_import_hook(_or_warn(add_callback), "transformers.trainer")
 
 
 def _or_warn(register: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
@@ -110,6 +111,20 @@ def add_handlers(trainer_optimizer: ModuleType) -> None:
         table[name] = _handle
 
 
+def add_callback(trainer: ModuleType) -> None:
+    """Add `WhatRunsCallback` to the callbacks that every Trainer has.
+
+    Raises:
+        HookError: there is no such list.
+    """
+    defaults = trainer.__dict__.get("DEFAULT_CALLBACKS")
+    _require(isinstance(defaults, list), "list trainer.DEFAULT_CALLBACKS")
+    from hf_momentum.integrations.what_runs import WhatRunsCallback
+
+    if isinstance(defaults, list) and WhatRunsCallback not in defaults:
+        defaults.append(WhatRunsCallback)
+
+
 def _handle(context: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     return from_training_arguments(context.args)
 
@@ -144,17 +159,16 @@ def keyword_arguments(spec: OptimizerSpec, args: Any) -> dict[str, Any]:
 
 
 def require_supported_backend() -> None:
-    """Refuse the distributed backends under which an optimizer sees pieces of tensors.
+    """Refuse the distributed backends that no optimizer here was run on.
 
     Raises:
-        InputError: Accelerate runs DeepSpeed, FSDP, Megatron-LM or XLA.
+        InputError: Accelerate runs Megatron-LM or XLA.
     """
     from accelerate import DistributedType, PartialState
 
-    pieces = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM, DistributedType.XLA}
     backend = PartialState().distributed_type
-    if backend in pieces:
+    if backend in {DistributedType.MEGATRON_LM, DistributedType.XLA}:
         raise InputError(
-            f"distributed backend {backend.value}: the optimizer would see pieces of "
-            f"tensors and its cosines would be silently wrong. Supported now: {SUPPORTED}."
+            f"distributed backend {backend.value}: not tested with optimizers that sum over whole tensors, so refused. "
+            f"Supported: {SUPPORTED}"
         )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from hf_momentum.optim.arguments import check_choice, check_real
 
@@ -232,6 +233,7 @@ class MomentumSchedule:
         self.curvature, self.base, self.switch = curvature, base, switch
         self.final, self.fraction, self.threshold = final, fraction, threshold
         self.momentum, self.low, self.high = momentum, low, high
+        self._counts = True
         self._pending: dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] = {}
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self.before_step()),
@@ -242,26 +244,39 @@ class MomentumSchedule:
     def state(self) -> dict[str, Any]:
         """What evolves: `steps` taken, whether the hybrid has `switched`, and the `curvature` measured last.
 
-        It lives in the optimizer's first group, so that the optimizer's own state dict carries it and a resumed run
-        goes on where it was: a latched switch stays latched.
+        It lives in the optimizer's groups, the same in each (DeepSpeed shows them one at a time), so that the
+        optimizer's own state dict carries it and a resumed run goes on where it was: a latched switch stays latched.
         """
+        return self._states()[0]
+
+    def _states(self) -> list[dict[str, Any]]:
         start = {"steps": 0, "switched": False, "curvature": None}
-        state: dict[str, Any] = self.optimizer.param_groups[0].setdefault("momentum_schedule", start)
-        return state
+        return [group.setdefault("momentum_schedule", dict(start)) for group in self.optimizer.param_groups]
+
+    def set_steps(self, steps: int) -> None:
+        """Say how many steps have been taken, and stop counting calls of `step`.
+
+        For callers that know, and under DeepSpeed ZeRO-3, which calls `step` several times for one update.
+        """
+        self._counts = False
+        for state in self._states():
+            state["steps"] = steps
 
     def before_step(self) -> None:
         """Set every group's momentum for the step that follows; called by the optimizer."""
-        state = self.state
-        progress = min(state["steps"] / self.total_steps, 1.0) if self.total_steps else 0.0
+        states = self._states()
+        progress = min(self.state["steps"] / self.total_steps, 1.0) if self.total_steps else 0.0
+        changed: dict[str, Any] = {"steps": self.state["steps"] + 1} if self._counts else {}
         if self.law == "hybrid" and self.switch == "fraction" and progress >= self.fraction:
-            state["switched"] = True
+            changed["switched"] = True
         if self.curvature == "measured":
-            state["curvature"] = self._measure()
+            changed["curvature"] = self._measure()
+        for state in states:
+            state.update(changed)
         for group in self.optimizer.param_groups:
             mu = self.value(float(group["lr"]), progress)
             if mu is not None:
                 set_momentum(group, mu)
-        state["steps"] += 1
 
     def after_step(self) -> None:
         """Keep gradients and weights from before the step in the optimizer's state; called by the optimizer.
@@ -295,7 +310,8 @@ class MomentumSchedule:
     def report(self, metric: float) -> None:
         """Tell switch="metric" a held-out value; once it reaches `threshold`, the switch stays."""
         if self.law == "hybrid" and self.switch == "metric" and self.threshold is not None:
-            self.state["switched"] = self.state["switched"] or metric >= self.threshold
+            for state in self._states():
+                state["switched"] = state["switched"] or metric >= self.threshold
 
     def detach(self) -> None:
         """Leave the optimizer alone from now on."""
@@ -310,6 +326,11 @@ class MomentumSchedule:
             for param in group["params"]:
                 if param.grad is None:
                     continue
+                if isinstance(param, DTensor):
+                    raise ValueError(
+                        "momentum schedule: curvature='measured' does not sum over shards; CriticalSGD and "
+                        "CriticalAdamW measure it exactly under every layout"
+                    )
                 state = self.optimizer.state.get(param, {})
                 if "previous_grad" in state:
                     differences.append((param.grad - state["previous_grad"]).double().square().sum())

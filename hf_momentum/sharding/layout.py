@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from hf_momentum.errors import TrainingStopped
+
 SUPPORTED = (
     "one process, DataParallel, DDP, FSDP2 and HSDP (fully_shard), DeepSpeed ZeRO-1, 2 and 3 with or without CPU "
     "offload, and ZeRO-0 in float32"
@@ -28,7 +30,7 @@ SUPPORTED = (
 _NOT_DATA_PARALLEL = {"tp", "ep", "etp", "pp"}
 
 
-class UnsupportedLayoutError(RuntimeError):
+class UnsupportedLayoutError(TrainingStopped):
     """A parameter is stored in a way in which the optimizer's reductions would be silently wrong."""
 
     def __init__(self, what: str, remedy: str = "") -> None:
@@ -102,7 +104,8 @@ class Layout:
         if sizes:
             calls = "one all-reduce" if len(sizes) == 1 else f"{len(sizes)} all-reduces"
             extra = f"{calls} of a few numbers per tensor in the step, over {' and '.join(map(str, sizes))} processes"
-        return f"{self.kind}: {sum(self.counts)} tensors in {len(self.counts)} groups; {extra}"
+        tensors, groups = sum(self.counts), len(self.counts)
+        return f"{self.kind}: {tensors} tensor{'s' * (tensors != 1)} in {groups} group{'s' * (groups != 1)}; {extra}"
 
     def totals(self, table: Tensor) -> Tensor:
         """Each tensor's sums over all processes that hold pieces of it.

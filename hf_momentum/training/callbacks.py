@@ -4,11 +4,14 @@ import math
 from typing import Any
 
 import torch
+from accelerate import DistributedType, PartialState
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_momentum.errors import InputError, TrainingStopped
 from hf_momentum.integrations.optim_args import parse_pairs
 from hf_momentum.integrations.registry import Argument, arguments_of
+from hf_momentum.integrations.what_runs import base_optimizer
 from hf_momentum.optim import MomentumOptimizer, MomentumSchedule
 from hf_momentum.optim.momentum_laws import check_schedule
 
@@ -42,6 +45,10 @@ class DynamicsCallback(TrainerCallback):
     ) -> None:
         """Copy the weights if the coming step is to be logged."""
         every = state.logging_steps
+        if self.update_norm and PartialState().distributed_type is DistributedType.DEEPSPEED:
+            raise InputError(
+                "log_update_norm does not work under DeepSpeed, which steps before it can be asked; drop it"
+            )
         if self.update_norm and every and (state.global_step + 1) % int(every) == 0:
             self._before = [param.detach().clone() for param in _trained(model)]
 
@@ -52,7 +59,9 @@ class DynamicsCallback(TrainerCallback):
         if self._before:
             differences = torch._foreach_sub([param.detach() for param in _trained(model)], self._before)
             norms = [torch.linalg.vector_norm(difference, dtype=torch.float32) for difference in differences]
-            self._norm = torch.linalg.vector_norm(torch.stack(norms))
+            # A norm of shards is the local part until it is asked for as a whole; reading it earlier would not say so.
+            whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+            self._norm = torch.linalg.vector_norm(torch.stack(whole))
             self._before = []
 
     def on_log(
@@ -68,7 +77,7 @@ class DynamicsCallback(TrainerCallback):
         """Extend a training log (not one of an evaluation) in place."""
         if logs is None or "loss" not in logs:
             return
-        base = unwrapped(optimizer)
+        base = base_optimizer(optimizer)
         found: dict[str, torch.Tensor] = {}
         if isinstance(base, MomentumOptimizer):
             found |= base.dynamics()
@@ -92,6 +101,14 @@ class DynamicsCallback(TrainerCallback):
 
 def _trained(model: Any) -> list[torch.Tensor]:
     return [param for param in model.parameters() if param.requires_grad]
+
+
+def _here(param: Any) -> torch.Tensor:
+    """What this process holds of a parameter: under ZeRO-3 that is `ds_tensor`, and the parameter itself is empty."""
+    if isinstance(param, DTensor):
+        return param.to_local()
+    local: torch.Tensor = getattr(param, "ds_tensor", param)
+    return local
 
 
 class MomentumScheduleCallback(TrainerCallback):
@@ -124,12 +141,31 @@ class MomentumScheduleCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Attach the schedule, after a checkpoint has been loaded."""
+        sharded = PartialState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if sharded and self.arguments.get("curvature") == "measured":
+            raise InputError(
+                "momentum_schedule_args: curvature=measured does not sum over shards; under FSDP and DeepSpeed use "
+                "--optim critical_sgd or critical_adamw with --optim_args curvature=measured, which do"
+            )
         try:
             self.schedule = MomentumSchedule(
-                unwrapped(optimizer), self.law, total_steps=state.max_steps, **self.arguments
+                base_optimizer(optimizer), self.law, total_steps=state.max_steps, **self.arguments
             )
         except ValueError as error:
             raise InputError(f"momentum_schedule {self.law}: {error}") from error
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the schedule how far training is; a wrapper may call the optimizer's `step` in parts."""
+        if self.schedule is not None:
+            self.schedule.set_steps(state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The same before a checkpoint is written."""
+        self.on_step_begin(args, state, control)
 
     def on_evaluate(
         self,
@@ -193,22 +229,13 @@ class FiniteCheckpointCallback(TrainerCallback):
         """
         if not control.should_save:
             return
-        if not all(bool(torch.isfinite(param).all()) for param in _trained(model)):
+        bad = torch.tensor([not all(bool(torch.isfinite(_here(param)).all()) for param in _trained(model))])
+        state_of_processes = PartialState()
+        if state_of_processes.num_processes > 1:  # all stop together, whoever holds the piece that is not finite
+            bad = bad.to(state_of_processes.device, dtype=torch.float32)
+            torch.distributed.all_reduce(bad)
+        if bool(bad.any()):
             raise TrainingStopped(
                 f"the weights are not finite after step {state.global_step}; nothing was saved. Lower learning_rate, "
                 "or set max_grad_norm"
             )
-
-
-def unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside Accelerate's wrapper, or itself.
-
-    Example:
-        >>> unwrapped("anything else")
-        'anything else'
-    """
-    from accelerate.optimizer import AcceleratedOptimizer
-
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
-    return optimizer

@@ -13,13 +13,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_momentum.errors import TrainingStopped
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.integrations.transformers_hook import from_training_arguments
+from hf_momentum.integrations.what_runs import base_optimizer
 from hf_momentum.optim.ahb import ObservesGradients
 from hf_momentum.training.arguments import MomentumTrainingArguments
 from hf_momentum.training.callbacks import (
     DynamicsCallback,
     FiniteCheckpointCallback,
     MomentumScheduleCallback,
-    unwrapped,
 )
 
 
@@ -92,6 +92,26 @@ class MomentumTrainer(Trainer):
                 f"({type(model).__name__}): each would train apart. Start the run anew from a fresh Trainer"
             )
         loss = super().training_step(model, inputs, *args, **kwargs)
+        self._require_finite(loss)
+        base = base_optimizer(self.optimizer)
+        # Under DeepSpeed the step has been taken already; the optimizer then undoes DeepSpeed's clipping by itself.
+        observes = isinstance(base, ObservesGradients) and not self.is_deepspeed_enabled
+        if observes and self.accelerator.sync_gradients and self.accelerator.scaler is None:
+            base.observe_gradients()  # the gradients are whole and not clipped yet; under a scaler they are scaled
+        return loss
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Forward pass; under DeepSpeed, which steps at the end of the backward pass, the loss is looked at here.
+
+        Raises:
+            TrainingStopped: the loss of a training batch is NaN or infinite.
+        """
+        result = super().compute_loss(model, *args, **kwargs)
+        if model.training and self.is_deepspeed_enabled:
+            self._require_finite(result[0] if isinstance(result, tuple) else result)
+        return result
+
+    def _require_finite(self, loss: torch.Tensor) -> None:
         value = loss.item()
         if not math.isfinite(value):
             kept = get_last_checkpoint(self.args.output_dir)
@@ -99,7 +119,3 @@ class MomentumTrainer(Trainer):
                 f"loss is {value} at step {self.state.global_step + 1}; the step was not taken. "
                 f"Last good checkpoint: {kept or 'none'}. Lower learning_rate, set max_grad_norm, or look at that batch"
             )
-        base = unwrapped(self.optimizer)
-        if isinstance(base, ObservesGradients) and self.accelerator.sync_gradients and self.accelerator.scaler is None:
-            base.observe_gradients()  # the gradients are whole and not clipped yet; under a scaler they are scaled
-        return loss
