@@ -70,3 +70,29 @@ def tiny(tmp_path_factory) -> Tiny:
     write_rows(folder / "prose.jsonl", [{"text": text} for text in PROSE])
     write_rows(folder / "code.jsonl", [{"text": text} for text in CODE])
     return Tiny(folder)
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--write-support", metavar="FILE", help="write what the matrix found, for README's table of support"
+    )
+
+
+SUPPORT: dict[str, dict[str, float]] = {}
+
+
+@pytest.fixture(scope="session")
+def record_support():
+    """Called with an optimizer's label, a layout and the difference from the single process."""
+
+    def record(label: str, layout: str, difference: float) -> None:
+        SUPPORT.setdefault(label, {})[layout] = difference
+
+    return record
+
+
+def pytest_sessionfinish(session, exitstatus) -> None:
+    target = session.config.getoption("--write-support")
+    if target and SUPPORT:
+        rows = {label: dict(sorted(found.items())) for label, found in sorted(SUPPORT.items())}
+        Path(target).write_text(json.dumps({"tolerance": 1e-6, "differences": rows}, indent=1) + "\n")

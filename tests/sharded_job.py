@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_momentum import MomentumTrainer, MomentumTrainingArguments
 from hf_momentum.integrations.what_runs import base_optimizer
 from hf_momentum.optim import MomentumOptimizer
+from hf_momentum.optim.ahb import ObservesGradients
 
 SIZES = {
     "even": {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "heads": 4, "layers": 2},
@@ -103,20 +104,23 @@ def whole_weights(trainer: MomentumTrainer) -> dict[str, torch.Tensor]:
 
 
 class Communication:
-    """Counts the collectives that an optimizer's own `step` issues."""
+    """Counts the collectives that an optimizer itself issues, in `step` and in `observe_gradients`."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: Any) -> None:
         self.calls = self.collectives = 0
-        step = optimizer.step
+        optimizer.step = self._counted(optimizer.step, calls=1)
+        if isinstance(optimizer, ObservesGradients):
+            optimizer.observe_gradients = self._counted(optimizer.observe_gradients, calls=0)
 
+    def _counted(self, method: Any, calls: int) -> Any:
         def counted(*args: Any, **kwargs: Any) -> Any:
             with CommDebugMode() as mode:
-                result = step(*args, **kwargs)
-            self.calls += 1
+                result = method(*args, **kwargs)
+            self.calls += calls
             self.collectives += mode.get_total_counts()
             return result
 
-        optimizer.step = counted  # type: ignore[method-assign]
+        return counted
 
 
 def run(case: dict[str, Any], processes: int, folder: Path) -> dict[str, Any]:

@@ -161,9 +161,7 @@ class MomentumScheduleCallback(TrainerCallback):
         if self.schedule is not None:
             self.schedule.set_steps(state.global_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The same before a checkpoint is written."""
         self.on_step_begin(args, state, control)
 

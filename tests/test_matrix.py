@@ -1,0 +1,234 @@
+"""One trajectory: every optimizer ends with the single process's weights under every layout.
+
+`make test` runs a short form of three layouts; `make matrix` all of them, and writes `docs/support.json`, from which
+README's table is made. Each layout is one launch of real processes with the real launcher file, on CPU by way of
+`cpu_shims`, and every launch proves what it was: number of processes, backend, layout, and collectives per step.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_momentum.integrations import OPTIMIZERS
+
+pytest.importorskip("deepspeed")
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "accelerate_configs"
+STEPS, TOLERANCE, SENSITIVITY = 20, 1e-6, 1e-5
+# One worker runs the launches, so that they do not crowd each other out.
+pytestmark = pytest.mark.xdist_group("two processes")
+
+RATES = {"adatam": 1e-4, "adatamw": 1e-4}  # their steps are about ten times Adam's at the start
+VARIANTS = {
+    "tam-tensor": ("tam", "granularity=tensor"),
+    "adatamw-tensor": ("adatamw", "granularity=tensor,bias_correction=true"),
+    "ahb_sgd-tensor": ("ahb_sgd", "granularity=tensor"),
+    "ahb_adamw-preconditioned": ("ahb_adamw", "difference=preconditioned,granularity=tensor"),
+    "vradam-tensor": ("vradam", "norm_scope=tensor"),
+    "vradam-group": ("vradam", "norm_scope=group"),
+    "vradam-update": ("vradam", "norm_of=update,beta3=1e-4"),
+    "critical_sgd-measured": ("critical_sgd", "law=critical_nesterov,curvature=measured"),
+    "critical_adamw-measured": ("critical_adamw", "curvature=measured"),
+}
+
+
+def case(label: str, optim: str, **fields: Any) -> dict[str, Any]:
+    rate = RATES.get(optim, 1e-3 if optim not in OPTIMIZERS or OPTIMIZERS[optim].adam_arguments else 0.05)
+    return {"label": label, "optim": optim, "lr": rate, **fields}
+
+
+NAMES = [case(name, name) for name in OPTIMIZERS]
+OPTIONS = [case(label, optim, optim_args=text) for label, (optim, text) in VARIANTS.items()]
+LORA = [case(f"{name}-lora", name, lora=True) for name in OPTIMIZERS]
+ACCUMULATION = [case(f"{name}-accumulation", name, accumulation=2) for name in OPTIMIZERS]
+ODD = [case(f"{name}-odd", name, size="odd") for name in OPTIMIZERS]
+REST = [
+    case("tam-tied", "tam", tied=True),
+    case("tam-unclipped", "tam", max_grad_norm=0.0),
+    case("ahb_sgd-clipped", "ahb_sgd", max_grad_norm=0.05),
+    case("schedule-hybrid", "adamw_torch", momentum_schedule="hybrid", momentum_schedule_args="switch=fraction"),
+    case("schedule-onecycle", "tam", momentum_schedule="onecycle"),
+]
+NAIVE = [{"label": "naive", "naive": True, "lr": 0.05}]
+SHORT = ["tam", "adatamw-tensor", "ahb_adamw-preconditioned", "vradam", "critical_sgd-measured", "tam-lora", "naive"]
+EVERY = {entry["label"]: entry for entry in NAMES + OPTIONS + LORA + ACCUMULATION + ODD + REST + NAIVE}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One layout: its launcher file, how many processes, what must really run, and with which cases."""
+
+    config: str
+    processes: int
+    distributed_type: str
+    kind: str
+    cases: list[dict[str, Any]]
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    wrapper: str | None = None
+
+
+FULL = NAMES + OPTIONS + LORA + ACCUMULATION + REST + NAIVE
+ZERO2 = {"wrapper": "DeepSpeedZeroOptimizer"}
+# The small sub-groups make ZeRO-3 call `step` many times for one update.
+ZERO3 = {"wrapper": "DeepSpeedZeroOptimizer_Stage3", "deepspeed": {"zero_optimization.sub_group_size": 3000}}
+ROUND_ROBIN = {"zero_optimization.round_robin_gradients": True}
+LAUNCHES = {
+    "DDP": Launch("ddp", 2, "MULTI_CPU", "whole tensors", FULL),
+    "FSDP2": Launch("fsdp2", 2, "FSDP", "FSDP2", FULL),
+    "HSDP": Launch("hsdp", 4, "FSDP", "HSDP", NAMES + NAIVE),
+    "ZeRO-0": Launch("zero0", 2, "DEEPSPEED", "whole tensors", NAMES),
+    "ZeRO-1": Launch("zero1", 2, "DEEPSPEED", "ZeRO-1/2", NAMES + NAIVE, **ZERO2),
+    "ZeRO-2": Launch("zero2", 2, "DEEPSPEED", "ZeRO-1/2", FULL, **ZERO2),
+    "ZeRO-3": Launch("zero3", 2, "DEEPSPEED", "ZeRO-3", FULL, **ZERO3),
+    "ZeRO-2 offload": Launch("zero2_offload", 2, "DEEPSPEED", "ZeRO-1/2", NAMES, **ZERO2),
+    "ZeRO-3 offload": Launch("zero3_offload", 2, "DEEPSPEED", "ZeRO-3", NAMES, **ZERO3),
+    "ZeRO-2 round robin": Launch("zero2", 2, "DEEPSPEED", "ZeRO-1/2", NAMES[:1], ROUND_ROBIN, ZERO2["wrapper"]),
+    "DDP, 3 processes": Launch("ddp", 3, "MULTI_CPU", "whole tensors", ODD),
+    "FSDP2, 3 processes": Launch("fsdp2", 3, "FSDP", "FSDP2", ODD),
+    "ZeRO-1, 3 processes": Launch("zero1", 3, "DEEPSPEED", "ZeRO-1/2", ODD, **ZERO2),
+    "ZeRO-2, 3 processes": Launch("zero2", 3, "DEEPSPEED", "ZeRO-1/2", ODD, **ZERO2),
+    "ZeRO-3, 3 processes": Launch("zero3", 3, "DEEPSPEED", "ZeRO-3", ODD, **ZERO3),
+}
+IN_SHORT = ("FSDP2", "ZeRO-2", "ZeRO-3")
+
+
+def parameters() -> Iterator[Any]:
+    for layout, launch in LAUNCHES.items():
+        for entry in launch.cases:
+            short = layout in IN_SHORT and entry["label"] in SHORT
+            marks = [] if short else [pytest.mark.slow]
+            yield pytest.param(layout, entry["label"], marks=marks, id=f"{layout}-{entry['label']}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment() -> dict[str, str]:
+    paths = f"{ROOT / 'tests' / 'cpu_shims'}{os.pathsep}{ROOT}"
+    added = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
+    return {**os.environ, **added}
+
+
+def run_job(folder: Path, cases: list[dict[str, Any]], processes: int, config: Path | None) -> dict[str, Any]:
+    """The facts of each case by label; judged by the file that the job writes, not by its exit status."""
+    folder.mkdir()
+    (folder / "plan.json").write_text(json.dumps({"cases": cases, "processes": processes}))
+    job = [str(ROOT / "tests" / "sharded_job.py"), str(folder / "plan.json")]
+    if config is not None:
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
+        job = [*launcher, "--num_processes", str(processes), "--main_process_port", str(free_port()), *job]
+    result = subprocess.run(
+        [sys.executable, *job], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=580
+    )
+    (folder / "log.txt").write_text(result.stdout + result.stderr)
+    assert (folder / "facts.json").is_file(), (result.stdout + result.stderr)[-4000:]
+    return {facts["label"]: facts for facts in json.loads((folder / "facts.json").read_text())}
+
+
+@pytest.fixture(scope="session")
+def wanted(request) -> Callable[[str], list[dict[str, Any]]]:
+    """The cases of a layout that this run of the suite asks for."""
+    asked: dict[str, set[str]] = {}
+    for item in request.session.items:
+        chosen = getattr(getattr(item, "callspec", None), "params", {})
+        if "label" in chosen:
+            asked.setdefault(chosen["layout"], set()).add(chosen["label"])
+    return lambda layout: [entry for entry in LAUNCHES[layout].cases if entry["label"] in asked[layout]]
+
+
+@pytest.fixture(scope="session")
+def launched(tmp_path_factory, wanted) -> Callable[[str], tuple[Path, dict[str, Any]]]:
+    """Runs a layout once, and gives its folder and facts."""
+    base, done = tmp_path_factory.mktemp("matrix"), {}
+
+    def launch(layout: str) -> tuple[Path, dict[str, Any]]:
+        if layout not in done:
+            what, folder = LAUNCHES[layout], base / layout.replace(" ", "_")
+            config = CONFIGS / f"{what.config}.yaml"
+            if what.config == "zero0":  # the launcher's plain way to say "DeepSpeed, but nothing is sharded"
+                config = base / "zero0.yaml"
+                config.write_text((CONFIGS / "zero1.yaml").read_text().replace("zero_stage: 1", "zero_stage: 0"))
+            cases = [{**entry, "deepspeed": what.deepspeed} for entry in wanted(layout)]
+            done[layout] = folder, run_job(folder, cases, what.processes, config)
+        return done[layout]
+
+    return launch
+
+
+@pytest.fixture(scope="session")
+def single(tmp_path_factory, wanted) -> tuple[Path, dict[str, Any]]:
+    """Every case that any layout runs, on one process."""
+    labels = {entry["label"] for layout in LAUNCHES for entry in _asked(wanted, layout)}
+    folder = tmp_path_factory.mktemp("single") / "one"
+    return folder, run_job(folder, [entry for label, entry in EVERY.items() if label in labels], 1, None)
+
+
+def _asked(wanted: Callable[[str], list[dict[str, Any]]], layout: str) -> list[dict[str, Any]]:
+    try:
+        return wanted(layout)
+    except KeyError:
+        return []
+
+
+def relative_difference(one: Path, other: Path) -> float:
+    """The largest difference of any weight over the largest weight."""
+    a, b = torch.load(one), torch.load(other)
+    assert a.keys() == b.keys()
+    scale = max(value.abs().max() for value in a.values())
+    return float(max((a[key] - b[key]).abs().max() for key in a) / scale)
+
+
+@pytest.mark.parametrize(("layout", "label"), list(parameters()))
+def test_the_single_process_trajectory(layout, label, launched, single, record_support):
+    what = LAUNCHES[layout]
+    folder, facts = launched(layout)
+    found = facts[label]
+    assert "error" not in found, found
+    assert (found["num_processes"], found["distributed_type"]) == (what.processes, what.distributed_type)
+    assert found["steps"] == STEPS
+    difference = relative_difference(single[0] / f"{label}.pt", folder / f"{label}.pt")
+    print(f"{layout}, {label}: largest relative difference {difference:.1e}")
+    if label == "naive":
+        sharded = what.kind != "whole tensors"
+        assert difference > SENSITIVITY if sharded else difference <= TOLERANCE
+        return
+    record_support(label, layout, difference)
+    assert difference <= TOLERANCE
+    if found["kind"] is None:
+        return  # an optimizer of torch's, under a momentum schedule
+    assert found["optimizer"] == OPTIMIZERS[EVERY[label]["optim"]].cls.__name__
+    assert (found["kind"], found["wrapper"]) == (what.kind, what.wrapper)
+    sums_over_the_model = not found["optimizer"].startswith("Critical") or "measured" in label
+    expected = STEPS if sums_over_the_model and what.kind != "whole tensors" else 0
+    assert found["collectives"] == expected, "one all-reduce per optimizer step, whatever the number of groups"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=[] if name in IN_SHORT else [pytest.mark.slow])
+        for name, launch in LAUNCHES.items()
+        if "tam" in [c["label"] for c in launch.cases]
+    ],
+)
+@pytest.mark.usefixtures("wanted")
+def test_the_gradients_were_correlated_and_the_wrapper_called_in_parts(layout, launched):
+    """With uncorrelated batches the cosine is near 0 and a wrong one would not show."""
+    _, facts = launched(layout)
+    found = facts["tam"]
+    assert len(found["cosines"]) == STEPS and max(found["cosines"]) > 0.3
+    if LAUNCHES[layout].kind.startswith("ZeRO"):
+        assert found["calls"] >= 2 * STEPS, "DeepSpeed calls `step` at least once for each of two groups"
