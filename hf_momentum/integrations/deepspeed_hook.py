@@ -1,7 +1,7 @@
 """DeepSpeed and Accelerate keep our optimizers, and `"optimizer": {"type": "TAM"}` in a DeepSpeed JSON builds ours.
 
 Left alone, Accelerate replaces any optimizer by `DeepSpeedCPUAdam` when optimizer state is offloaded, without a word,
-and DeepSpeed looks for `torch.optim.TAM`. Four functions are wrapped when their modules are imported; optimizers of
+and DeepSpeed looks for `torch.optim.TAM`. Five functions are wrapped when their modules are imported; optimizers of
 other packages pass through them unchanged. They are private, so they are looked for first, and where one is missing a
 warning says what will not work.
 """
@@ -36,6 +36,7 @@ def keep_under_accelerate(accelerator: ModuleType) -> None:
 def keep_under_deepspeed(engine: ModuleType) -> None:
     """Make DeepSpeed build our optimizers from its JSON, check the configuration, and tell them of its own clipping."""
     engine_class = vars(engine).get("DeepSpeedEngine")
+    _wrap(engine_class, "_is_supported_optimizer", _supported, 'an "optimizer" block in the DeepSpeed JSON')
     _wrap(engine_class, "_configure_optimizer", _configured, "the checks of the DeepSpeed configuration")
     _wrap(engine_class, "_configure_basic_optimizer", _built, 'an "optimizer" block in the DeepSpeed JSON')
     _wrap(engine_class, "clip_fp32_gradients", _observed, "AHB's unclipped gradients under ZeRO-0")
@@ -57,6 +58,10 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any], what: str) -> None
 def _mapped(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     optimizer = args[0] if args else kwargs["optimizer"]
     return optimizer if isinstance(optimizer, MomentumOptimizer) else wrapped(*args, **kwargs)
+
+
+def _supported(wrapped: Any, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return named_in(engine._config._param_dict) is not None or wrapped(*args, **kwargs)
 
 
 def _configured(wrapped: Any, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -381,6 +381,35 @@ class MomentumOptimizer(torch.optim.Optimizer):
         """The parameters of each group as the model holds them, also where a wrapper keeps others in the groups."""
         return [group["params"] for group in self.param_groups] if self._zero is None else self._zero.tensors()
 
+    def piece_table(self, names: Mapping[int, str]) -> dict[str, Any] | None:
+        """What a checkpoint of flat partitions needs beside them, so that whole tensors can be cut out again.
+
+        Args:
+            names: the name of each of the model's parameters, by `id`.
+
+        Returns:
+            `tensors`, with name, shape, group and position; and `holders`: for each partition of this process its
+            group, the key of its state in the state dict, and its pieces. None where nothing is partitioned.
+        """
+        self.layout()
+        if self._zero is None:
+            return None
+        tensors, index = [], {}
+        for group, params in enumerate(self._zero.tensors()):
+            for position, param in enumerate(params):
+                index[group, position] = len(tensors)
+                shape = list(getattr(param, "ds_shape", param.shape))  # under ZeRO-3 the parameter itself is empty
+                entry = {"name": names[id(param)], "shape": shape, "group": group, "position": position}
+                tensors.append(entry)
+        holders = []
+        for key, (group, pieces) in enumerate(self._zero.partitions(self.param_groups)):
+            cut = [
+                {"tensor": index[p.group, p.position], "start": p.start, "from": p.offset, "numel": p.numel}
+                for p in pieces
+            ]
+            holders.append({"group": group, "state_index": key, "pieces": cut})
+        return {"algorithm": type(self).__name__, "tensors": tensors, "holders": holders}
+
     def _collect(self, observing: bool = False) -> tuple[Step, list[Holder]] | None:
         """What there is to update: None if nothing has a gradient, or a wrapper is going to call again with the rest.
 

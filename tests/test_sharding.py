@@ -1,0 +1,107 @@
+"""Reductions over pieces are exact, and what is not supported is refused in one clear sentence."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hf_momentum import TAM, InputError
+from hf_momentum.integrations import OPTIMIZERS, deepspeed_hook
+from hf_momentum.integrations.what_runs import WhatRunsCallback
+from tests.test_matrix import CONFIGS, ROOT, case, free_port, run_job
+
+pytestmark = pytest.mark.xdist_group("two processes")
+
+
+@pytest.mark.parametrize("processes", [3, 4])
+def test_reductions_are_bitwise_those_of_whole_tensors(processes):
+    """Integer values on 3 and on 4 processes (there also HSDP), with tensors of fewer rows than processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command += ["--master_port", str(free_port()), str(ROOT / "tests" / "reduction_job.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert f"all reductions exact on {processes} processes" in result.stdout, result.stderr[-4000:]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("offload_optimizer", {"device": "nvme"}, r"offload_optimizer\.device is 'nvme'.*Accepted: 'none' or 'cpu'"),
+        ("offload_param", {"device": "nvme"}, r"offload_param\.device is 'nvme'"),
+        ("offload_optimizer", {"device": "cpu", "ratio": 0.5}, r"offload_optimizer\.ratio is 0\.5"),
+        ("zero_hpz_partition_size", 4, "zero_hpz_partition_size is 4"),
+        ("mics_shard_size", 2, "mics_shard_size is 2"),
+        ("zenflow", {"topk_ratio": 0.1}, "zenflow is True"),
+    ],
+)
+def test_untested_deepspeed_settings_are_refused(key, value, message):
+    with pytest.raises(InputError, match=f"{message}.*|Supported: one process"):
+        deepspeed_hook.check_config({"zero_optimization": {"stage": 2, key: value}})
+
+
+def test_forcing_deepspeeds_own_adam_is_refused_and_leaving_the_key_out_is_not():
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    deepspeed_hook.check_config(config)
+    with pytest.raises(InputError, match=r"zero_force_ds_cpu_optimizer is true.*Set it to false"):
+        deepspeed_hook.check_config({**config, "zero_force_ds_cpu_optimizer": True})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_deepspeed_block_may_name_any_optimizer_by_class_or_by_name(name):
+    for written in (name, OPTIMIZERS[name].cls.__name__):
+        assert deepspeed_hook.named_in({"optimizer": {"type": written}}) is OPTIMIZERS[name]
+
+
+def test_accelerate_hands_our_optimizers_over_as_they_are_and_maps_others():
+    import accelerate.accelerator
+
+    ours = TAM([torch.nn.Parameter(torch.zeros(2))])
+    assert accelerate.accelerator.map_pytorch_optim_to_deepspeed(ours) is ours
+    assert deepspeed_hook._mapped(lambda optimizer: "replaced", None, ("another",), {}) == "replaced"
+
+
+def test_another_optimizer_than_the_one_asked_for_stops_before_the_first_step(tmp_path):
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    args = TrainingArguments(output_dir=str(tmp_path), optim="tam", use_cpu=True)
+    other = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
+    with pytest.raises(
+        InputError, match=r"--optim tam was asked for, but torch\.optim\.adamw\.AdamW is what would run"
+    ):
+        WhatRunsCallback().on_train_begin(args, TrainerState(), TrainerControl(), optimizer=other)
+
+
+def block(kind: str, **params: object) -> dict[str, object]:
+    return {"optimizer": {"type": kind, "params": params}}
+
+
+REFUSALS = [
+    {**case("block", "adamw_torch", steps=2), "deepspeed": block("TAM", lr=0.05, gamma=0.8)},
+    {**case("bad-block", "adamw_torch", steps=2), "deepspeed": block("TAM", lr=0.05, gama=0.8)},
+    {**case("other-block", "tam", steps=2), "deepspeed": block("AdamW", lr=0.05, torch_adam=True)},
+    {**case("nvme", "tam", steps=2), "deepspeed": {"zero_optimization.offload_optimizer": {"device": "nvme"}}},
+]
+
+
+def test_deepspeed_json_blocks_build_ours_and_never_swap_it_silently(tmp_path):
+    """One launch of real ZeRO-2 engines."""
+    pytest.importorskip("deepspeed")
+    facts = run_job(tmp_path / "run", REFUSALS, 2, CONFIGS / "zero2.yaml")
+    assert facts["block"]["optimizer"] == "TAM" and facts["block"]["wrapper"] == "DeepSpeedZeroOptimizer"
+    assert "no argument 'gama' (did you mean 'gamma'" in facts["bad-block"]["error"]
+    assert "--optim tam was asked for, but torch.optim.adamw.AdamW is what would run" in facts["other-block"]["error"]
+    assert "offload_optimizer.device is 'nvme'" in facts["nvme"]["error"]
+    line = "hf-momentum: TAM inside DeepSpeedZeroOptimizer on ZeRO-1/2: 21 tensors in 1 group; one all-reduce"
+    assert (tmp_path / "run" / "log.txt").read_text().count(line) == 1, "one process speaks"
+
+
+def test_half_precision_weights_without_zero_are_refused(tmp_path):
+    """DeepSpeed's wrapper for them steps once with zero gradients at its start, and loses which tensor is which."""
+    pytest.importorskip("deepspeed")
+    config = tmp_path / "zero0.yaml"
+    text = (CONFIGS / "zero1.yaml").read_text()
+    config.write_text(text.replace("zero_stage: 1", "zero_stage: 0"))
+    facts = run_job(tmp_path / "run", [case("bf16", "tam", steps=2, bf16=True)], 2, config)
+    assert "set the ZeRO stage to 1, 2 or 3" in facts["bf16"]["error"]
