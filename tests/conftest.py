@@ -91,8 +91,17 @@ def record_support():
     return record
 
 
+REFUSED: set[str] = set()
+
+
+@pytest.fixture(scope="session")
+def record_refused():
+    """Called with what a test saw refused."""
+    return REFUSED.add
+
+
 def pytest_sessionfinish(session, exitstatus) -> None:
     target = session.config.getoption("--write-support")
     if target and SUPPORT:
-        rows = {label: dict(sorted(found.items())) for label, found in sorted(SUPPORT.items())}
-        Path(target).write_text(json.dumps({"tolerance": 1e-6, "differences": rows}, indent=1) + "\n")
+        results = {"tolerance": 1e-6, "differences": SUPPORT, "refused": sorted(REFUSED)}
+        Path(target).write_text(json.dumps(results, indent=1) + "\n")

@@ -16,13 +16,15 @@ pytestmark = pytest.mark.xdist_group("two processes")
 
 
 @pytest.mark.parametrize("processes", [3, 4])
-def test_reductions_are_bitwise_those_of_whole_tensors(processes):
+def test_reductions_are_bitwise_those_of_whole_tensors(processes, record_refused):
     """Integer values on 3 and on 4 processes (there also HSDP), with tensors of fewer rows than processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     command += ["--master_port", str(free_port()), str(ROOT / "tests" / "reduction_job.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert f"all reductions exact on {processes} processes" in result.stdout, result.stderr[-4000:]
+    record_refused("FSDP1")
+    record_refused("tensor parallelism")
 
 
 @pytest.mark.parametrize(
@@ -36,9 +38,11 @@ def test_reductions_are_bitwise_those_of_whole_tensors(processes):
         ("zenflow", {"topk_ratio": 0.1}, "zenflow is True"),
     ],
 )
-def test_untested_deepspeed_settings_are_refused(key, value, message):
-    with pytest.raises(InputError, match=f"{message}.*|Supported: one process"):
+def test_untested_deepspeed_settings_are_refused(key, value, message, record_refused):
+    with pytest.raises(InputError, match=rf"{message}.*Supported: one process"):
         deepspeed_hook.check_config({"zero_optimization": {"stage": 2, key: value}})
+    if value == {"device": "nvme"}:
+        record_refused("ZeRO with NVMe offload")
 
 
 def test_forcing_deepspeeds_own_adam_is_refused_and_leaving_the_key_out_is_not():
@@ -97,7 +101,7 @@ def test_deepspeed_json_blocks_build_ours_and_never_swap_it_silently(tmp_path):
     assert (tmp_path / "run" / "log.txt").read_text().count(line) == 1, "one process speaks"
 
 
-def test_half_precision_weights_without_zero_are_refused(tmp_path):
+def test_half_precision_weights_without_zero_are_refused(tmp_path, record_refused):
     """DeepSpeed's wrapper for them steps once with zero gradients at its start, and loses which tensor is which."""
     pytest.importorskip("deepspeed")
     config = tmp_path / "zero0.yaml"
@@ -105,3 +109,4 @@ def test_half_precision_weights_without_zero_are_refused(tmp_path):
     config.write_text(text.replace("zero_stage: 1", "zero_stage: 0"))
     facts = run_job(tmp_path / "run", [case("bf16", "tam", steps=2, bf16=True)], 2, config)
     assert "set the ZeRO stage to 1, 2 or 3" in facts["bf16"]["error"]
+    record_refused("ZeRO-0 with half-precision weights")

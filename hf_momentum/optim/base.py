@@ -394,7 +394,8 @@ class MomentumOptimizer(torch.optim.Optimizer):
         self.layout()
         if self._zero is None:
             return None
-        tensors, index = [], {}
+        tensors: list[dict[str, Any]] = []
+        index: dict[tuple[int, int], int] = {}
         for group, params in enumerate(self._zero.tensors()):
             for position, param in enumerate(params):
                 index[group, position] = len(tensors)
