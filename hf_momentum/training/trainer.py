@@ -102,6 +102,14 @@ class MomentumTrainer(Trainer):
                 self._save(output_dir or self.args.output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.sharded and state_dict:
+            # In a gathered state dict tied weights are tensors of their own, and would be written twice.
+            every = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+            tied = every - {name for name, _ in self.model.named_parameters()}
+            state_dict = {name: value for name, value in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, also after an evaluation.
 
