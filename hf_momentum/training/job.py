@@ -27,9 +27,10 @@ from hf_momentum.evaluation import (
 )
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.training import corpus
+from hf_momentum.training.arguments import MomentumTrainingArguments
 from hf_momentum.training.card import model_card
 from hf_momentum.training.models import load_base, load_model
-from hf_momentum.training.processes import layout
+from hf_momentum.training.processes import check_launch, layout
 from hf_momentum.training.recipe import Recipe
 from hf_momentum.training.sources import Loader, Split
 from hf_momentum.training.trainer import MomentumTrainer
@@ -74,6 +75,8 @@ def train(recipe: Recipe) -> Outcome:
         check_checkpoint(checkpoint, str(getattr(training.optim, "value", training.optim)))
     if not (recipe.data.in_distribution or recipe.data.shifted or recipe.data.must_not_forget):
         raise InputError("name at least one split to evaluate on: in_distribution, shifted or must_not_forget")
+    check_launch(training.distributed_state)
+    _check_saving(training)
     training.label_names = ["labels"]
     set_seed(training.seed)
 
@@ -103,7 +106,6 @@ def train(recipe: Recipe) -> Outcome:
             logits[0] if isinstance(logits, tuple) else logits, labels
         ),
     )
-    _check_saving(trainer)
     started = time.perf_counter()
     before: list[np.ndarray] = []
 
@@ -185,11 +187,11 @@ def check_checkpoint(checkpoint: str, optimizer: str) -> None:
         )
 
 
-def _check_saving(trainer: MomentumTrainer) -> None:
+def _check_saving(training: MomentumTrainingArguments) -> None:
     """Refuse a ZeRO-3 launch whose weights could not be written at the end."""
-    if not trainer.is_deepspeed_enabled:
+    if training.deepspeed_plugin is None:
         return
-    zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    zero = training.deepspeed_plugin.deepspeed_config["zero_optimization"]
     if zero["stage"] == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise InputError(
             "zero3_save_16bit_model is off, so the run would end without a model.safetensors; put "

@@ -7,7 +7,8 @@ import os
 from collections.abc import Mapping
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import CPUOffloadPolicy
 
@@ -63,35 +64,38 @@ def environment_of_one_process(device: torch.device) -> dict[str, str]:
     return kept
 
 
-def check_launch(accelerator: Accelerator, use_cpu: bool) -> None:
+def check_launch(state: PartialState | AcceleratorState) -> None:
     """Refuse to train when the launcher was told to shard the model and Accelerate does not.
 
     Accelerate leaves FSDP out on CPU processes, and DeepSpeed under `use_cpu`, and says nothing.
+
+    Args:
+        state: of the processes, as they are before an Accelerator exists, or of the Accelerator.
 
     Raises:
         InputError: the model would be replicated, or each process would train alone.
 
     Example:
-        >>> check_launch(Accelerator(cpu=True), use_cpu=True)
+        >>> check_launch(PartialState(cpu=True))
     """
-    asked, got = launched_for(), accelerator.distributed_type
-    if asked is not None and got != asked:
+    asked, got = launched_for(), state.distributed_type
+    # FSDP gets its own type with the Accelerator, on the processes of any device but the CPU.
+    becomes_fsdp = (
+        isinstance(state, PartialState) and got.value.startswith("MULTI_") and got != DistributedType.MULTI_CPU
+    )
+    if asked is not None and got != asked and not (asked == DistributedType.FSDP and becomes_fsdp):
         name = "FSDP" if asked == DistributedType.FSDP else "DeepSpeed"
-        why = (
-            "use_cpu is set"
-            if use_cpu and torch.accelerator.is_available()
-            else f"the processes run on {accelerator.device.type}"
-        )
+        why = "use_cpu is set" if torch.accelerator.is_available() else f"the processes run on {state.device.type}"
         raise InputError(
-            f"the launcher was told to shard the model with {name}, but {why} and Accelerate leaves it out "
+            f"the launcher was told to shard the model with {name}, but {why}, and Accelerate then leaves it out "
             f"(distributed type {got.value}). Train on GPUs without use_cpu, or launch with ddp or single"
         )
     launched = launched_processes()
-    if accelerator.num_processes != launched:
+    if state.num_processes != launched:
         raise InputError(
-            f"the launcher started {launched} processes, but this one sees {accelerator.num_processes} "
-            f"(distributed type {got.value}, device {accelerator.device.type}), and would train alone. "
-            "Train on GPUs, or launch with ddp or single"
+            f"the launcher started {launched} processes, but this one sees {state.num_processes} (distributed type "
+            f"{got.value}, device {state.device.type}), and would train alone. Train on GPUs, or launch with ddp or "
+            "single"
         )
 
 

@@ -59,7 +59,7 @@ class MomentumTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_launch(self.accelerator, self.args.use_cpu)
+        check_launch(self.accelerator.state)
         self.card: str | None = None
         self.before_training: Callable[[], None] | None = None
         self.add_callback(FiniteCheckpointCallback())
