@@ -270,7 +270,8 @@ def _facts(recipe: Recipe, trainer: MomentumTrainer, train_split: Split, seconds
         "layout": layout(trainer.accelerator),
         "device": device,
         "time": f"{seconds:.0f} s for training and evaluation",
-        "peak memory": f"{_peak_memory(args.device) / 2**20:.0f} MiB",
+        "peak memory": f"{_peak_memory(args.device) / 2**20:.0f} MiB"
+        + (" in the first process" if args.world_size > 1 else ""),
         "versions": ", ".join(
             f"{name} {importlib.metadata.version(name)}"
             for name in ("hf-momentum", "torch", "transformers", "accelerate", "peft")

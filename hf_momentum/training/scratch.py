@@ -41,17 +41,17 @@ def scratch_model(model: ModelArguments, data: DataArguments, training: Momentum
     """
     recipe = _recipe(model, data)
     folder = _folder(model, recipe)
-    if (folder / "config.json").is_file():
-        return folder
-    state = training.distributed_state
-    if state.is_main_process:
+    state, made = training.distributed_state, folder / "config.json"
+    if not made.is_file() and state.is_main_process:
         print(f"Training the small base model on {model.scratch_dataset}, once; it is kept in {folder}", flush=True)
     if launched_for() is None:
-        _train(model, data, training, folder)
+        if not made.is_file():
+            _train(model, data, training, folder)
         return folder
-    # The first process of the run, then the first of every machine that does not see the first one's folder.
+    # The first process of the run, then the first of every machine that does not see the first one's folder. All wait,
+    # whatever they saw: a late process may find the model made already.
     for trains in (state.is_main_process, state.is_local_main_process):
-        if trains and not (folder / "config.json").is_file():
+        if trains and not made.is_file():
             _train_in_a_process_of_its_own(model, data, training)
         state.wait_for_everyone()
     return folder
