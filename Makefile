@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# DeepSpeed compiles nothing when it is installed: what it needs it builds at first use.
+PIP    := DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # Nothing here needs the network after installation; the Hub client must not wait for it.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

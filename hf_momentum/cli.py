@@ -13,7 +13,10 @@ Run a recipe: fine-tune, measure every split before and after, and write a repor
 examples:
   hf-momentum train --config recipes/quickstart.yaml
   hf-momentum train --config quickstart --optim adatamw --learning_rate 1e-3 --output_dir outputs/adatamw
-  accelerate launch --config_file accelerate_configs/ddp.yaml scripts/train.py --config quickstart
+  hf-momentum train --accelerate_config fsdp2 --num_processes 8 --config quickstart
+
+On several GPUs, --accelerate_config names how they share the model: ddp, fsdp2, hsdp, zero1, zero2, zero3,
+zero2_offload, zero3_offload, multi_node_fsdp2, multi_node_zero3, or a file of your own for `accelerate launch`.
 
 Any field of a recipe can be given as --field value and wins over the file. `hf-momentum train --help-fields` lists
 them all: model, data, LoRA, and every field of transformers' TrainingArguments."""
@@ -75,8 +78,16 @@ def _train(words: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    several = parser.add_argument_group("several processes (each option wins over the file)")
+    several.add_argument("--accelerate_config", metavar="NAME", help="a file for accelerate launch, or a shipped one")
+    several.add_argument("--num_processes", metavar="N", help="over all machines; one per GPU")
+    several.add_argument("--num_machines", metavar="M", help="run the same command on each of them")
+    several.add_argument("--machine_rank", metavar="R", help="which of them this is, from 0")
+    several.add_argument("--main_process_ip", metavar="IP", help="address of machine 0")
+    several.add_argument("--main_process_port", metavar="P", help="a port there; on one machine any free one")
     parser.add_argument("--help-fields", action="store_true", help="list every field of a recipe and exit")
     known, overrides = parser.parse_known_args(words)
+    from hf_momentum import launch
     from hf_momentum.training import recipe
 
     if known.help_fields:
@@ -84,7 +95,18 @@ def _train(words: list[str]) -> int:
         return 0
     if known.config is None and not overrides:
         raise InputError("train needs --config RECIPE, for example --config recipes/quickstart.yaml")
+    flags = {name: getattr(known, name) for name in launch.LAUNCHER_FLAGS}
+    if known.accelerate_config is None:
+        for name, value in flags.items():
+            if value is not None:
+                raise InputError(f"--{name} is for a launch; name one with --accelerate_config, such as ddp or fsdp2")
+    else:
+        start = launch.prepare_launch(known.accelerate_config, flags)
+    # Before anything is launched, so that a slip is one line and not one traceback for each process.
     loaded = recipe.load_recipe(known.config, overrides)
+    if known.accelerate_config is not None:
+        config = [] if known.config is None else ["--config", known.config]
+        start.replace_this_process([*config, *overrides])
 
     from hf_momentum.training import job
 

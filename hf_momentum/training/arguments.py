@@ -1,14 +1,15 @@
 """The fields of a recipe: model, data, PEFT, and all of transformers' TrainingArguments."""
 
-import os
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.training.callbacks import parse_schedule
+from hf_momentum.training.processes import launched_for, launched_processes
 
 
 @dataclass
@@ -138,10 +139,9 @@ class MomentumTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Accept registered names without transformers' table, and CPU processes without a flag."""
-        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         # Under use_cpu Accelerate leaves DeepSpeed out, silently.
-        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-        if launched and not deepspeed and not torch.accelerator.is_available():
+        deepspeed = launched_for() == DistributedType.DEEPSPEED
+        if launched_processes() > 1 and not deepspeed and not torch.accelerator.is_available():
             self.use_cpu = True
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is no device to pin for; torch would warn at every loader

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import DataCollatorWithPadding, default_data_collator, set_seed
+from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_momentum.errors import InputError
@@ -26,8 +27,10 @@ from hf_momentum.evaluation import (
 )
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.training import corpus
+from hf_momentum.training.arguments import MomentumTrainingArguments
 from hf_momentum.training.card import model_card
 from hf_momentum.training.models import load_base, load_model
+from hf_momentum.training.processes import check_launch, layout
 from hf_momentum.training.recipe import Recipe
 from hf_momentum.training.sources import Loader, Split
 from hf_momentum.training.trainer import MomentumTrainer
@@ -72,6 +75,8 @@ def train(recipe: Recipe) -> Outcome:
         check_checkpoint(checkpoint, str(getattr(training.optim, "value", training.optim)))
     if not (recipe.data.in_distribution or recipe.data.shifted or recipe.data.must_not_forget):
         raise InputError("name at least one split to evaluate on: in_distribution, shifted or must_not_forget")
+    check_launch(training.distributed_state)
+    _check_saving(training)
     training.label_names = ["labels"]
     set_seed(training.seed)
 
@@ -102,7 +107,15 @@ def train(recipe: Recipe) -> Outcome:
         ),
     )
     started = time.perf_counter()
-    before = [_measure(trainer, split, "before") for split in splits]
+    before: list[np.ndarray] = []
+
+    def measure_before() -> None:
+        before.extend(_measure(trainer, split, "before") for split in splits)
+
+    if trainer.sharded:
+        trainer.before_training = measure_before
+    else:
+        measure_before()
     trainer.train(resume_from_checkpoint=checkpoint)
     after = [_measure(trainer, split, "after") for split in splits]
     seconds = time.perf_counter() - started
@@ -174,6 +187,19 @@ def check_checkpoint(checkpoint: str, optimizer: str) -> None:
         )
 
 
+def _check_saving(training: MomentumTrainingArguments) -> None:
+    """Refuse a ZeRO-3 launch whose weights could not be written at the end."""
+    if training.deepspeed_plugin is None:
+        return
+    zero = training.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    if zero["stage"] == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise InputError(
+            "zero3_save_16bit_model is off, so the run would end without a model.safetensors; put "
+            "zero3_save_16bit_model: true under deepspeed_config of the launcher's file (in a DeepSpeed JSON file: "
+            "stage3_gather_16bit_weights_on_model_save under zero_optimization)"
+        )
+
+
 def _measure(trainer: MomentumTrainer, split: Split, when: str) -> np.ndarray:
     """[examples, 3] statistics, gathered over all processes, in the order of the examples."""
     output = trainer.predict(split.examples, metric_key_prefix=f"{when}_{split.name}")  # type: ignore[arg-type]
@@ -218,8 +244,7 @@ def _command(recipe: Recipe) -> str:
 
 def _facts(recipe: Recipe, trainer: MomentumTrainer, train_split: Split, seconds: float) -> dict[str, Any]:
     args, model = recipe.training, trainer.model
-    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
-    total = sum(param.numel() for param in model.parameters())
+    trained, total = get_model_param_count(model, trainable_only=True), get_model_param_count(model)
     group = {
         key: value
         for key, value in trainer.optimizer.param_groups[0].items()
@@ -242,9 +267,11 @@ def _facts(recipe: Recipe, trainer: MomentumTrainer, train_split: Split, seconds
         "trained parameters": f"{trained:,} of {total:,}",
         "seed": args.seed,
         "processes": args.world_size,
+        "layout": layout(trainer.accelerator),
         "device": device,
         "time": f"{seconds:.0f} s for training and evaluation",
-        "peak memory": f"{_peak_memory(args.device) / 2**20:.0f} MiB",
+        "peak memory": f"{_peak_memory(args.device) / 2**20:.0f} MiB"
+        + (" in the first process" if args.world_size > 1 else ""),
         "versions": ", ".join(
             f"{name} {importlib.metadata.version(name)}"
             for name in ("hf-momentum", "torch", "transformers", "accelerate", "peft")

@@ -1,16 +1,20 @@
 """`MomentumTrainer`: a Trainer that knows our optimizers by the public road and stops at a non-finite loss."""
 
+import inspect
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, __version__
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_momentum.errors import TrainingStopped
+from hf_momentum.errors import InputError, TrainingStopped
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.integrations.transformers_hook import from_training_arguments
 from hf_momentum.integrations.what_runs import base_optimizer
@@ -21,17 +25,29 @@ from hf_momentum.training.callbacks import (
     FiniteCheckpointCallback,
     MomentumScheduleCallback,
 )
+from hf_momentum.training.processes import check_launch
+
+# The step of transformers' Trainer between preparing a model and training it, as it is called there.
+_PREPARE = ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"]
 
 
 class MomentumTrainer(Trainer):
-    """transformers' Trainer with five additions.
+    """transformers' Trainer with eight additions.
 
     Registered optimizer names work without touching transformers' private tables; the optimizer's inner quantities
     are logged with the loss; a non-finite loss stops the run at once, before the weights move, and weights that are
-    not finite are never saved; evaluating before training leaves the processes synchronised;
-    and AHB's optimizers take their gradient differences before gradients are clipped.
+    not finite are never saved; evaluating before training leaves the processes synchronised; AHB's optimizers take
+    their gradient differences before gradients are clipped; a function can look at the prepared model before its first
+    step, also where it is sharded; `save_model` writes whole weights from shards; and a launch whose sharding
+    Accelerate left out is refused.
 
     Args: those of `transformers.Trainer`.
+
+    Attributes:
+        before_training: called once when the next `train` has prepared the model. Under FSDP and DeepSpeed that is
+            the only place to evaluate an untrained model, because Accelerate prepares model and optimizer together,
+            once; a checkpoint is loaded into the model afterwards. Elsewhere its weights are loaded before.
+        card: the text that `create_model_card` writes instead of transformers' own.
 
     Example:
         >>> import torch
@@ -43,7 +59,9 @@ class MomentumTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.card: str | None = None  # the text that create_model_card writes instead of transformers' own
+        check_launch(self.accelerator.state)
+        self.card: str | None = None
+        self.before_training: Callable[[], None] | None = None
         self.add_callback(FiniteCheckpointCallback())
         ours = self.args
         if not isinstance(ours, MomentumTrainingArguments):
@@ -68,16 +86,66 @@ class MomentumTrainer(Trainer):
         elif self.is_world_process_zero():
             (Path(self.args.output_dir) / "README.md").write_text(self.card, encoding="utf-8")
 
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed prepares the model, together with its optimizer."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model so that `from_pretrained` can read it, whole, also under FSDP with sharded checkpoints.
+
+        Checkpoints during training stay sharded there. All processes must call it.
+        """
+        if self.is_fsdp_enabled and not _internal_call:
+            kind = self.accelerator.state.fsdp_plugin.state_dict_type
+            if "FULL_STATE_DICT" not in str(kind):  # with that one transformers gathers by itself
+                self._save(output_dir or self.args.output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.sharded and state_dict:
+            # In a gathered state dict tied weights are tensors of their own, and would be written twice.
+            every = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+            tied = every - {name for name, _ in self.model.named_parameters()}
+            state_dict = {name: value for name, value in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, also after an evaluation.
 
         Evaluating a fresh Trainer marks the model as prepared without wrapping it for DDP (transformers 5.23 with
         accelerate 1.15). Training would then find it prepared, leave it unwrapped, and every process would train
         on its own gradients, silently. The mark is taken off first.
+
+        Raises:
+            InputError: `before_training` is set, and this version of transformers prepares a model in another way.
         """
+        prepare = vars(Trainer).get("_prepare_for_training")
+        if self.before_training and (prepare is None or list(inspect.signature(prepare).parameters) != _PREPARE):
+            raise InputError(
+                f"transformers {__version__} prepares a model in a way that is not known here, so it cannot be "
+                "evaluated before training; use transformers 5.17 to 5.23"
+            )
         unwrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         vars(unwrapped).pop("_is_accelerate_prepared", None)
         return super().train(*args, **kwargs)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        look, self.before_training = self.before_training, None
+        if look is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        look()
+        if resume_from_checkpoint is not None:
+            # As the overridden method does at its end.
+            if self.is_deepspeed_enabled:
+                strict = not isinstance(self.model, PeftModel)  # an adapter's checkpoint leaves its base model out
+                deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=strict)
+            elif self.is_fsdp_enabled:
+                self._load_from_checkpoint(resume_from_checkpoint, self.model_wrapped)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+        return prepared
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one micro-batch.
