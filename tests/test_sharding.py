@@ -97,7 +97,7 @@ def test_deepspeed_json_blocks_build_ours_and_never_swap_it_silently(tmp_path):
     assert "no argument 'gama' (did you mean 'gamma'" in facts["bad-block"]["error"]
     assert "--optim tam was asked for, but torch.optim.adamw.AdamW is what would run" in facts["other-block"]["error"]
     assert "offload_optimizer.device is 'nvme'" in facts["nvme"]["error"]
-    line = "hf-momentum: TAM inside DeepSpeedZeroOptimizer on ZeRO-1/2: 21 tensors in 1 group; one all-reduce"
+    line = "hf-momentum: TAM inside DeepSpeedZeroOptimizer on ZeRO-1/2: 21 tensors in 1 group, in 2 shards each; one"
     assert (tmp_path / "run" / "log.txt").read_text().count(line) == 1, "one process speaks"
 
 

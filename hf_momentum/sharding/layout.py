@@ -99,13 +99,13 @@ class Layout:
             >>> Layout("whole tensors", (2, 1)).describe()
             'whole tensors: 3 tensors in 2 groups; no communication in the step'
         """
-        sizes = [group.size() for group in self.reduce_over]
-        extra = "no communication in the step"
+        sizes = [str(group.size()) for group in self.reduce_over]
+        extra = "; no communication in the step"
         if sizes:
             calls = "one all-reduce" if len(sizes) == 1 else f"{len(sizes)} all-reduces"
-            extra = f"{calls} of a few numbers per tensor in the step, over {' and '.join(map(str, sizes))} processes"
+            extra = f", in {' or '.join(sizes)} shards each; {calls} of a few numbers per tensor in the step"
         tensors, groups = sum(self.counts), len(self.counts)
-        return f"{self.kind}: {tensors} tensor{'s' * (tensors != 1)} in {groups} group{'s' * (groups != 1)}; {extra}"
+        return f"{self.kind}: {tensors} tensor{'s' * (tensors != 1)} in {groups} group{'s' * (groups != 1)}{extra}"
 
     def totals(self, table: Tensor) -> Tensor:
         """Each tensor's sums over all processes that hold pieces of it.

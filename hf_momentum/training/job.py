@@ -38,7 +38,8 @@ from hf_momentum.training.trainer import MomentumTrainer
 _STATISTICS = {"causal_lm": causal_lm_statistics, "sequence_classification": classification_statistics}
 
 # Keys of a parameter group that a report leaves out: bookkeeping, or listed on their own.
-_NOT_SHOWN = {"params", "param_names", "initial_lr", "weight_decay", "algorithm", "maximize"}
+_NOT_SHOWN = {"params", "param_names", "initial_lr", "weight_decay", "algorithm", "maximize", "index", "observed"}
+_NOT_SHOWN |= {"momentum_schedule"}
 
 
 @dataclass(frozen=True)
