@@ -175,6 +175,9 @@ def run(case: dict[str, Any], processes: int, folder: Path) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=case.get("resume"))
     base, communication = seen["base"], seen["communication"]
     weights = whole_weights(trainer)
+    start = {name: p for name, p in model_of(size, case.get("tied", False), case.get("lora", False)).named_parameters()}
+    scale = max(float(value.abs().max()) for value in weights.values())
+    moved = max(float((value - start[name].detach()).abs().max()) for name, value in weights.items()) / scale
     main = not dist.is_initialized() or dist.get_rank() == 0
     if main:
         torch.save(weights, folder / f"{case['label']}.pt")
@@ -190,6 +193,7 @@ def run(case: dict[str, Any], processes: int, folder: Path) -> dict[str, Any]:
         "calls": communication.calls,
         "collectives": communication.collectives,
         "steps": trainer.state.global_step,
+        "moved": moved,
         "cosines": [entry["cosine"] for entry in history if "cosine" in entry],
         "grad_norms": [entry["grad_norm"] for entry in history if entry.get("grad_norm") is not None],
     }

@@ -28,7 +28,9 @@ STEPS, TOLERANCE, SENSITIVITY = 20, 1e-6, 1e-5
 # One worker runs the launches, so that they do not crowd each other out.
 pytestmark = pytest.mark.xdist_group("two processes")
 
-RATES = {"adatam": 1e-4, "adatamw": 1e-4}  # their steps are about ten times Adam's at the start
+# Adam divides by the root of small second moments, which magnifies the rounding of gradients: at ten times these rates
+# DDP alone, where nothing is sharded, ends 2e-6 to 4e-6 away from one process. A wrong sum scales with the rate as well.
+ADAM_RATE, RATES = 2e-4, {"adatam": 1e-5, "adatamw": 1e-5}
 VARIANTS = {
     "tam-tensor": ("tam", "granularity=tensor"),
     "adatamw-tensor": ("adatamw", "granularity=tensor,bias_correction=true"),
@@ -43,7 +45,8 @@ VARIANTS = {
 
 
 def case(label: str, optim: str, **fields: Any) -> dict[str, Any]:
-    rate = RATES.get(optim, 1e-3 if optim not in OPTIMIZERS or OPTIMIZERS[optim].adam_arguments else 0.05)
+    adam = optim not in OPTIMIZERS or OPTIMIZERS[optim].adam_arguments
+    rate = RATES.get(optim, ADAM_RATE if adam else 0.05)
     return {"label": label, "optim": optim, "lr": rate, **fields}
 
 
@@ -198,7 +201,7 @@ def test_the_single_process_trajectory(layout, label, launched, single, record_s
     found = facts[label]
     assert "error" not in found, found
     assert (found["num_processes"], found["distributed_type"]) == (what.processes, what.distributed_type)
-    assert found["steps"] == STEPS
+    assert found["steps"] == STEPS and found["moved"] > 1e-3, "the weights moved"
     difference = relative_difference(single[0] / f"{label}.pt", folder / f"{label}.pt")
     print(f"{layout}, {label}: largest relative difference {difference:.1e}")
     if label == "naive":
