@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -460,7 +461,9 @@ def load_distributed(folder: Path, chosen: Any = None) -> dict[str, Any]:
         elif isinstance(entry, BytesStorageMetadata):
             wanted[key] = None
     if wanted:
-        load(wanted, storage_reader=FileSystemReader(folder), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what no_dist asks for
+            load(wanted, storage_reader=FileSystemReader(folder), no_dist=True)
     return wanted
 
 
