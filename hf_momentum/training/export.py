@@ -391,9 +391,11 @@ def _from_pieces(folder: Path) -> dict[str, Any]:
         groups = groups or saved["param_groups"]
         for holder in table["holders"]:
             _cut(saved["state"].get(holder["state_index"], {}), holder["pieces"], tensors, whole, filled)
+    kept = {(tensor["group"], name) for tensor, counts in zip(tensors, filled, strict=True) for name in counts}
     for tensor, counts in zip(tensors, filled, strict=True):
-        for quantity, count in counts.items():
-            numel = torch.Size(tensor["shape"]).numel()
+        # A flat partition carries state for all of its tensors or for none.
+        for quantity in sorted(name for group, name in kept if group == tensor["group"]):
+            count, numel = counts.get(quantity, 0), torch.Size(tensor["shape"]).numel()
             if count != numel:
                 raise InputError(
                     f"{folder}: the pieces of {tensor['name']}'s {quantity} hold {count} of {numel} numbers"
@@ -422,7 +424,9 @@ def _cut(
         for piece in pieces:
             index, start, offset, numel = piece["tensor"], piece["start"], piece["from"], piece["numel"]
             if not isinstance(value, torch.Tensor) or value.dim() == 0:
-                whole[index][quantity] = value  # a count of steps, the same for all that the holder carries
+                # A count of steps, the same for all that the holder carries. Each gets its own, or one step of the
+                # optimizer would advance a shared one once for every parameter.
+                whole[index][quantity] = value.clone() if isinstance(value, torch.Tensor) else value
                 continue
             if value.dim() != 1 or value.numel() < reach:
                 raise InputError(
