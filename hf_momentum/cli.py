@@ -29,6 +29,14 @@ examples:
   hf-momentum run trl.scripts.sft --optim adatamw --model_name_or_path my-model ...
   accelerate launch -m hf_momentum.run train.py --optim tam"""
 
+EXPORT_HELP = """\
+Write a checkpoint of any launch (one process, DDP, FSDP2, DeepSpeed) as a plain folder that from_pretrained reads.
+
+examples:
+  hf-momentum export outputs/run/checkpoint-400 my-model
+  hf-momentum export outputs/run/checkpoint-400 my-model --dtype bfloat16
+  hf-momentum export outputs/run/checkpoint-400 continued --resumable"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand.
@@ -59,6 +67,7 @@ def _dispatch(words: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="run a recipe and write its report", add_help=False)
     commands.add_parser("run", help="run any script with our --optim names", add_help=False)
+    commands.add_parser("export", help="write a checkpoint as a plain folder", add_help=False)
     commands.add_parser("optimizers", help="list the optimizers and their arguments")
     command = parser.parse_known_args(words[:1])[0].command
     rest = words[1:]
@@ -66,6 +75,8 @@ def _dispatch(words: list[str]) -> int:
         return _train(rest)
     if command == "run":
         return _run(rest)
+    if command == "export":
+        return _export(rest)
     parser.parse_args(words)
     return _optimizers()
 
@@ -123,6 +134,30 @@ def _run(words: list[str]) -> int:
         print(RUN_HELP)
         return 0 if words else 2
     run(words)
+    return 0
+
+
+def _export(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="hf-momentum export",
+        description=EXPORT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder such as outputs/run/checkpoint-400")
+    parser.add_argument("out", metavar="OUT", help="the folder to write; it must not exist, or be empty")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; as they were saved without it"
+    )
+    parser.add_argument(
+        "--resumable",
+        action="store_true",
+        help="also the state of optimizer and schedule, whole, for one process or DDP",
+    )
+    known = parser.parse_args(words)
+    from hf_momentum.training.export import export
+
+    print(f"Exported to {export(known.checkpoint, known.out, known.dtype, known.resumable)}", flush=True)
     return 0
 
 

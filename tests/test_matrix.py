@@ -29,7 +29,7 @@ STEPS, TOLERANCE, SENSITIVITY = 20, 1e-6, 1e-5
 pytestmark = pytest.mark.xdist_group("two processes")
 
 # Adam divides by the root of small second moments, which magnifies the rounding of gradients: at ten times these rates
-# DDP alone, where nothing is sharded, ends 2e-6 to 4e-6 away from one process. A wrong sum scales with the rate as well.
+# DDP alone, where nothing is sharded, ends 2e-6 to 4e-6 away from one process. A wrong sum scales with the rate, too.
 ADAM_RATE, RATES = 2e-4, {"adatam": 1e-5, "adatamw": 1e-5}
 VARIANTS = {
     "tam-tensor": ("tam", "granularity=tensor"),

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from transformers import DataCollatorWithPadding, default_data_collator, set_seed
 from transformers.trainer_pt_utils import get_model_param_count
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_momentum.errors import InputError
 from hf_momentum.evaluation import (
@@ -29,6 +28,7 @@ from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.training import corpus
 from hf_momentum.training.arguments import MomentumTrainingArguments
 from hf_momentum.training.card import model_card
+from hf_momentum.training.checkpoints import check_checkpoint, find_checkpoint
 from hf_momentum.training.models import load_base, load_model
 from hf_momentum.training.processes import check_launch, layout
 from hf_momentum.training.recipe import Recipe
@@ -71,12 +71,14 @@ def train(recipe: Recipe) -> Outcome:
         >>> recipe = load_recipe("quickstart", ["--max_steps", "2"])  # then: train(recipe)
     """
     training = recipe.training
-    checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
+    state = training.distributed_state
+    checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir, speak=state.is_main_process)
     if checkpoint is not None:
-        check_checkpoint(checkpoint, str(getattr(training.optim, "value", training.optim)))
+        name = str(getattr(training.optim, "value", training.optim))
+        check_checkpoint(checkpoint, name, training.world_size, state.distributed_type.value)
     if not (recipe.data.in_distribution or recipe.data.shifted or recipe.data.must_not_forget):
         raise InputError("name at least one split to evaluate on: in_distribution, shifted or must_not_forget")
-    check_launch(training.distributed_state)
+    check_launch(state)
     _check_saving(training)
     training.label_names = ["labels"]
     set_seed(training.seed)
@@ -144,48 +146,6 @@ def train(recipe: Recipe) -> Outcome:
     if training.push_to_hub:
         trainer.push_to_hub(commit_message="hf-momentum: end of training")
     return Outcome(report, folder, trainer.is_world_process_zero())
-
-
-def find_checkpoint(wanted: str | None, output_dir: str | None) -> str | None:
-    """The folder that `--resume_from_checkpoint` means: a path, or with "true" the last one in the output folder.
-
-    Raises:
-        InputError: there is none.
-
-    Example:
-        >>> find_checkpoint(None, "out") is None
-        True
-    """
-    if wanted is None or wanted.lower() == "false":
-        return None
-    if wanted.lower() == "true":
-        found = get_last_checkpoint(output_dir) if output_dir and Path(output_dir).is_dir() else None
-        if found is None:
-            raise InputError(f"resume_from_checkpoint: no checkpoint in {output_dir}")
-        return found
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise InputError(f"resume_from_checkpoint: {wanted} is not a checkpoint folder (no trainer_state.json)")
-    return wanted
-
-
-def check_checkpoint(checkpoint: str, optimizer: str) -> None:
-    """Refuse to resume from a checkpoint that another optimizer saved, before anything is loaded or written.
-
-    Raises:
-        InputError: the checkpoint's optimizer is another one, or it holds no optimizer state.
-    """
-    path = Path(checkpoint) / "optimizer.pt"
-    if not path.is_file():
-        raise InputError(f"{checkpoint} holds no optimizer.pt, so training cannot continue from it exactly")
-    groups = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["param_groups"]
-    saved = {group.get("algorithm") for group in groups}
-    wanted = {OPTIMIZERS[optimizer].cls.__name__ if optimizer in OPTIMIZERS else None}
-    if saved != wanted:
-        name = " and ".join(str(one) for one in saved if one) or "an optimizer of another package"
-        raise InputError(
-            f"{checkpoint} was saved by {name}, not by {optimizer}; resume with the optimizer that saved it, or train "
-            "from the start"
-        )
 
 
 def _check_saving(training: MomentumTrainingArguments) -> None:

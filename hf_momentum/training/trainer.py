@@ -1,7 +1,10 @@
 """`MomentumTrainer`: a Trainer that knows our optimizers by the public road and stops at a non-finite loss."""
 
+import copy
 import inspect
+import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,20 +13,27 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments, __version__
+from transformers import PreTrainedModel, Trainer, TrainingArguments, __version__
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_momentum.errors import InputError, TrainingStopped
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.integrations.transformers_hook import from_training_arguments
 from hf_momentum.integrations.what_runs import base_optimizer
+from hf_momentum.optim import MomentumOptimizer
 from hf_momentum.optim.ahb import ObservesGradients
 from hf_momentum.training.arguments import MomentumTrainingArguments
 from hf_momentum.training.callbacks import (
     DynamicsCallback,
     FiniteCheckpointCallback,
     MomentumScheduleCallback,
+)
+from hf_momentum.training.checkpoints import (
+    check_checkpoint,
+    find_checkpoint,
+    last_complete,
+    rotate,
+    write_manifest,
 )
 from hf_momentum.training.processes import check_launch
 
@@ -32,14 +42,15 @@ _PREPARE = ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"]
 
 
 class MomentumTrainer(Trainer):
-    """transformers' Trainer with eight additions.
+    """transformers' Trainer with nine additions.
 
     Registered optimizer names work without touching transformers' private tables; the optimizer's inner quantities
     are logged with the loss; a non-finite loss stops the run at once, before the weights move, and weights that are
     not finite are never saved; evaluating before training leaves the processes synchronised; AHB's optimizers take
     their gradient differences before gradients are clipped; a function can look at the prepared model before its first
-    step, also where it is sharded; `save_model` writes whole weights from shards; and a launch whose sharding
-    Accelerate left out is refused.
+    step, also where it is sharded; `save_model` writes whole weights from shards; a launch whose sharding Accelerate
+    left out is refused; and a checkpoint is declared complete in its last moment, so that resuming passes over one that
+    a dying process left half written.
 
     Args: those of `transformers.Trainer`.
 
@@ -110,15 +121,21 @@ class MomentumTrainer(Trainer):
             state_dict = {name: value for name, value in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, also after an evaluation.
 
         Evaluating a fresh Trainer marks the model as prepared without wrapping it for DDP (transformers 5.23 with
         accelerate 1.15). Training would then find it prepared, leave it unwrapped, and every process would train
         on its own gradients, silently. The mark is taken off first.
 
+        Args:
+            resume_from_checkpoint: a checkpoint's path, or True for the last complete one in the output folder.
+            *args: as in transformers.
+            **kwargs: as in transformers.
+
         Raises:
-            InputError: `before_training` is set, and this version of transformers prepares a model in another way.
+            InputError: the checkpoint is torn or does not fit this run; or `before_training` is set, and this version
+                of transformers prepares a model in another way.
         """
         prepare = vars(Trainer).get("_prepare_for_training")
         if self.before_training and (prepare is None or list(inspect.signature(prepare).parameters) != _PREPARE):
@@ -128,7 +145,58 @@ class MomentumTrainer(Trainer):
             )
         unwrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         vars(unwrapped).pop("_is_accelerate_prepared", None)
-        return super().train(*args, **kwargs)
+        speak = self.is_world_process_zero()
+        checkpoint = find_checkpoint(resume_from_checkpoint or None, self.args.output_dir, speak)
+        if checkpoint is not None and not self.args.save_only_model:
+            name = str(getattr(self.args.optim, "value", self.args.optim))
+            check_checkpoint(checkpoint, name, self.args.world_size, self.accelerator.distributed_type.value)
+        return super().train(checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save, wait for every process, and only then declare the checkpoint complete and delete older ones."""
+        run = Path(self._get_output_dir(trial=trial))
+        folder = run / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(folder)  # left by an earlier run: its manifest would vouch for a mixture of old and new files
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            self._save_descriptions(folder)
+        self._save_pieces(folder)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_manifest(folder, self.state.global_step, self.args.world_size)
+            rotate(run, limit, keep=[folder, self.state.best_model_checkpoint])
+
+    def _save_pieces(self, folder: Path) -> None:
+        """Under ZeRO, which part of which tensor lies where in the flat partitions of this process."""
+        base = base_optimizer(self.optimizer)
+        if not isinstance(base, MomentumOptimizer) or self.args.save_only_model:
+            return
+        names = {id(param): name for name, param in self.accelerator.unwrap_model(self.model).named_parameters()}
+        table = base.piece_table(names)
+        if table is not None:
+            processes = {"process": self.args.process_index, "processes": self.args.world_size}
+            (folder / f"pieces-rank{self.args.process_index}.json").write_text(json.dumps({**processes, **table}))
+
+    def _save_descriptions(self, folder: Path) -> None:
+        """Configurations and tokenizer, which transformers leaves out of a checkpoint of shards."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if isinstance(model, PeftModel):
+            if not (folder / "adapter_config.json").is_file():
+                adapter = copy.copy(model.peft_config[model.active_adapter])
+                adapter.inference_mode = True  # as PEFT itself saves it: who loads an adapter means to use it
+                adapter.save_pretrained(str(folder))
+        elif isinstance(model, PreTrainedModel) and not (folder / "config.json").is_file():
+            model.config.save_pretrained(folder)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(folder)
+        if self.processing_class is not None and not (folder / "tokenizer_config.json").is_file():
+            self.processing_class.save_pretrained(folder)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         look, self.before_training = self.before_training, None
@@ -182,7 +250,7 @@ class MomentumTrainer(Trainer):
     def _require_finite(self, loss: torch.Tensor) -> None:
         value = loss.item()
         if not math.isfinite(value):
-            kept = get_last_checkpoint(self.args.output_dir)
+            kept = last_complete(self.args.output_dir, speak=False)
             raise TrainingStopped(
                 f"loss is {value} at step {self.state.global_step + 1}; the step was not taken. "
                 f"Last good checkpoint: {kept or 'none'}. Lower learning_rate, set max_grad_norm, or look at that batch"
