@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, default_data_collator, set_seed
 
 from hf_momentum.errors import InputError
+from hf_momentum.integrations.what_runs import base_optimizer
 from hf_momentum.training import MomentumTrainer, MomentumTrainingArguments
-from hf_momentum.training.callbacks import unwrapped
 from hf_momentum.training.tokenizer import byte_tokenizer
 
 
@@ -91,10 +91,7 @@ def arm(trainer: MomentumTrainer, how: str) -> None:
         class InMidStep(TrainerCallback):
             def on_step_begin(self, args, state, control, **kwargs) -> None:
                 if state.global_step + 1 == int(step):
-                    optimizer = unwrapped(trainer.optimizer)
-                    # Under ZeRO the Trainer holds DeepSpeed's wrapper, whose own step is the one that runs.
-                    inner = getattr(optimizer, "optimizer", optimizer)
-                    inner.step = lambda *args, **kwargs: die()
+                    base_optimizer(trainer.optimizer).step = lambda *args, **kwargs: die()
 
         trainer.add_callback(InMidStep())
         return

@@ -66,7 +66,7 @@ LAYOUTS = {
 }
 
 
-def _config(layout: str, folder: Path) -> Path:
+def config_of(layout: str, folder: Path) -> Path:
     config = {**_COMMON, **LAYOUTS[layout]}
     if "deepspeed_config" in config:
         file = folder / f"{layout}.json"
@@ -90,7 +90,7 @@ def launch(layout: str, folder: Path, *words: object, processes: int = 2) -> sub
     (folder / "facts.json").unlink(missing_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests" / "cpu_shims"), str(ROOT)])
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", _config(layout, folder)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config_of(layout, folder)]
     command += ["--main_process_port", free_port(), "--num_processes", processes, JOB, folder, *words]
     return subprocess.run(
         list(map(str, command)), env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240

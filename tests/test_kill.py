@@ -29,10 +29,9 @@ class Case:
 
 def cases() -> list:
     short = Case("ddp", "tam", MID_SAVE)
-    # adamw_torch where our optimizers are not exact yet; any registered name can stand here.
     long = [Case("ddp", "tam", MID_STEP)]
     long += [
-        Case(layout, "adamw_torch", kill) for layout in ("fsdp2-sharded", "zero2") for kill in (MID_STEP, MID_SAVE)
+        Case(layout, "tam", kill) for layout in ("fsdp2-sharded", "zero2", "zero3") for kill in (MID_STEP, MID_SAVE)
     ]
     return [short, *(pytest.param(case, marks=pytest.mark.slow) for case in long)]
 
@@ -43,7 +42,7 @@ def straight(tmp_path_factory):
     done: dict[tuple[str, str], Path] = {}
 
     def folder(case: Case) -> Path:
-        if case.layout == "zero2":
+        if case.layout.startswith("zero"):
             pytest.importorskip("deepspeed")
         key = (case.layout, case.optim)
         if key not in done:

@@ -322,7 +322,7 @@ def _nested(folder: Path) -> dict[str, Any]:
             groups.setdefault(int(rest[0]), {}).setdefault(rest[1], {})[rest[2]] = value
     for group in groups.values():
         for key, value in group.items():
-            if isinstance(value, dict):
+            if isinstance(value, dict) and all(isinstance(index, int) for index in value):
                 ordered = [value[index] for index in sorted(value)]
                 group[key] = ordered if key == "params" else tuple(ordered)
     return {"state": state, "param_groups": [groups[index] for index in sorted(groups)]}
