@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_momentum.kernels import sum_dtype
 from hf_momentum.sharding import Holder, Layout, Piece, ZeroPartitions, clipping_factor, is_marked, lay_out
@@ -215,6 +216,10 @@ def merged(old: Tensor, positions: Sequence[int], new: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def _copy_cut(target: Tensor, piece: Piece, whole: Tensor) -> None:
+    target.copy_(whole.reshape(-1).narrow(0, piece.offset, piece.numel))
+
+
 def mean_of(values: list[Tensor]) -> Tensor:
     """The mean over all entries of 0-dim and 1-D tensors, unknown (NaN) ones left out, on the first one's device.
 
@@ -403,7 +408,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
                 entry = {"name": names[id(param)], "shape": shape, "group": group, "position": position}
                 tensors.append(entry)
         holders = []
-        for key, (group, pieces) in enumerate(self._zero.partitions(self.param_groups)):
+        for key, (group, _, pieces) in enumerate(self._zero.partitions(self.param_groups)):
             cut = [
                 {"tensor": index[p.group, p.position], "start": p.start, "from": p.offset, "numel": p.numel}
                 for p in pieces
@@ -507,12 +512,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the state dict was saved by another optimizer, or its groups do not fit.
         """
-        found = {group.get("algorithm", "an optimizer of another package") for group in state_dict["param_groups"]}
-        if found != {type(self).__name__}:
-            raise ValueError(
-                f"this state was saved by {', '.join(sorted(found))} and cannot continue under {type(self).__name__}; "
-                "resume with the optimizer that saved it, or start without the optimizer state"
-            )
+        self._require_own(state_dict)
         super().load_state_dict(state_dict)
         # torch casts state to the dtype of its parameter, which would round float32 state of bf16 weights.
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -521,6 +521,71 @@ class MomentumOptimizer(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor) and self.state[param][name].dtype != value.dtype:
                     self.state[param][name] = value.to(param.device)
+
+    def _require_own(self, state_dict: dict[str, Any]) -> None:
+        found = {group.get("algorithm", "an optimizer of another package") for group in state_dict["param_groups"]}
+        if found != {type(self).__name__}:
+            raise ValueError(
+                f"this state was saved by {', '.join(sorted(found))} and cannot continue under {type(self).__name__}; "
+                "resume with the optimizer that saved it, or start without the optimizer state"
+            )
+
+    @torch.no_grad()
+    def load_whole_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of whole tensors, as one process saves it, into the pieces that this process holds.
+
+        Raises:
+            ValueError: the state dict was saved by another optimizer, or its groups do not fit.
+        """
+        self._require_own(state_dict)
+        saved = {group.get("index", number): group for number, group in enumerate(state_dict["param_groups"])}
+        for number, group in enumerate(self.param_groups):
+            index = number if self._zero is None else group["index"]
+            wanted = len(self.tensors()[index])
+            if index not in saved or len(saved[index]["params"]) != wanted:
+                raise ValueError(f"the saved state has no group {index} with {wanted} tensors; is it of this model?")
+        for holder, piece in self._held():
+            state = state_dict["state"].get(saved[piece.group]["params"][piece.position], {})
+            for name, value in state.items():
+                self._store(holder, piece, name, value)
+        for number, group in enumerate(self.param_groups):
+            entries = saved[number if self._zero is None else group["index"]]
+            group.update({key: value for key, value in entries.items() if key not in ("params", "param_names")})
+
+    @torch.no_grad()
+    def load_master_weights(self, weights: Sequence[Sequence[Tensor]]) -> None:
+        """Set the float32 copies that ZeRO keeps of the weights; elsewhere the parameters are all there is.
+
+        Args:
+            weights: the whole tensors, by group and position.
+        """
+        self.layout()
+        if self._zero is not None:
+            for holder, piece in self._held():
+                _copy_cut(piece.of(holder.data), piece, weights[piece.group][piece.position])
+
+    def _held(self) -> list[tuple[Tensor, Piece]]:
+        """Every piece of this process with its holder, between steps."""
+        self.layout()
+        if self._zero is not None:
+            held = self._zero.partitions(self.param_groups)
+            return [(flat, piece) for _, flat, pieces in held for piece in pieces]
+        groups = enumerate(self.param_groups)
+        return [(p, Piece(i, j, None, p.numel())) for i, group in groups for j, p in enumerate(group["params"])]
+
+    def _store(self, holder: Tensor, piece: Piece, name: str, value: Any) -> None:
+        state = self.state[holder]
+        if not isinstance(value, Tensor) or (value.dim() == 0 and name == "step"):
+            state[name] = value.clone() if isinstance(value, Tensor) else value
+        elif isinstance(holder, DTensor):
+            whole = value.to(holder.device)
+            state[name] = distribute_tensor(whole, holder.device_mesh, holder.placements, src_data_rank=None)
+        elif piece.start is None:
+            state[name] = value.to(holder.device, copy=True)
+        else:
+            if name not in state:
+                state[name] = torch.zeros_like(holder, dtype=value.dtype)
+            _copy_cut(piece.of(state[name]), piece, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -84,8 +84,8 @@ class ZeroPartitions:
         self._waiting = {}
         return [self._groups[index] for index in sorted(self._groups)], holders
 
-    def partitions(self, groups: Sequence[dict[str, Any]]) -> list[tuple[int, list[Piece]]]:
-        """Group and pieces of every partition of this process, in the order in which DeepSpeed saves their state.
+    def partitions(self, groups: Sequence[dict[str, Any]]) -> list[tuple[int, Tensor, list[Piece]]]:
+        """Group, partition and pieces of every partition of this process, in the order in which their state is saved.
 
         Args:
             groups: the optimizer's groups as they are between steps.
@@ -93,9 +93,9 @@ class ZeroPartitions:
         if self._zero3:
             of_sub_group = self._zero3.sub_group_to_group_id
             flats = self._zero3.fp32_partitioned_groups_flat
-            return [(groups[of_sub_group[i]]["index"], self._zero3_pieces(flat)) for i, flat in enumerate(flats)]
+            return [(groups[of_sub_group[i]]["index"], flat, self._zero3_pieces(flat)) for i, flat in enumerate(flats)]
         held = [(group["index"], flat) for group in groups for flat in group["params"]]
-        return [(index, self._flat_pieces(index, flat)) for index, flat in held]
+        return [(index, flat, self._flat_pieces(index, flat)) for index, flat in held]
 
     def tensors(self) -> list[list[Tensor]]:
         """The model's own parameters, by group."""

@@ -357,18 +357,23 @@ def check_checkpoint(
         )
     if distributed_type is not None:
         running = {"FSDP": "FSDP2", "DEEPSPEED": "DeepSpeed"}.get(distributed_type, _LAUNCHERS[PLAIN])
-        if running != _LAUNCHERS[kind]:
+        if kind != PLAIN and running != _LAUNCHERS[kind]:
             raise InputError(
                 f"{checkpoint} was saved under {_LAUNCHERS[kind]} and cannot continue under {running}. Launch as it "
                 f"was, or write a plain checkpoint with `hf-momentum export {checkpoint} OUT --resumable` and resume "
-                "from OUT under one process or DDP"
+                "from OUT"
+            )
+        if kind == PLAIN and running != _LAUNCHERS[kind] and optimizer not in OPTIMIZERS:
+            raise InputError(
+                f"{checkpoint} was saved under {_LAUNCHERS[kind]}, and the state of {optimizer} cannot be cut up for "
+                f"{running}. Launch as it was; the optimizers of this package continue under any layout"
             )
     ranks = len(optimizer_files(checkpoint))
     if processes is not None and ranks and ranks != processes:
         raise InputError(
             f"{checkpoint} was saved by {ranks} processes under ZeRO, and {processes} run now. Run {ranks}, or write "
             f"a checkpoint that any number can continue with `hf-momentum export {checkpoint} OUT --resumable` and "
-            "resume from OUT under one process or DDP"
+            "resume from OUT"
         )
     saved = saved_algorithms(checkpoint, kind)
     wanted = {OPTIMIZERS[optimizer].cls.__name__ if optimizer in OPTIMIZERS else None}

@@ -139,6 +139,17 @@ def plain_name(name: str) -> str:
     return _WRAPPERS.sub("", name).removeprefix("module.").removeprefix(".")
 
 
+def file_name(name: str) -> str:
+    """The name of a model's parameter in the file that `from_pretrained` reads; an adapter's as PEFT writes it.
+
+    Example:
+        >>> file_name("base_model.model.layers.0.q_proj.lora_A.default.weight")
+        'base_model.model.layers.0.q_proj.lora_A.weight'
+    """
+    plain = plain_name(name)
+    return _adapter_name(plain) if _of_adapter(plain) else plain
+
+
 def _of_adapter(name: str) -> bool:
     return ".original_module." not in name and (
         "lora_" in name or ".modules_to_save." in name or name.startswith("base_model.model.")

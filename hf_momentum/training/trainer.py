@@ -29,13 +29,16 @@ from hf_momentum.training.callbacks import (
     MomentumScheduleCallback,
 )
 from hf_momentum.training.checkpoints import (
+    PLAIN,
     check_checkpoint,
     find_checkpoint,
+    kind_of,
     last_complete,
     rotate,
     write_manifest,
 )
 from hf_momentum.training.processes import check_launch
+from hf_momentum.training.whole import load_whole
 
 # The step of transformers' Trainer between preparing a model and training it, as it is called there.
 _PREPARE = ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"]
@@ -200,11 +203,17 @@ class MomentumTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         look, self.before_training = self.before_training, None
-        if look is None:
+        whole = resume_from_checkpoint is not None and self.sharded and kind_of(resume_from_checkpoint) == PLAIN
+        if look is None and not whole:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        look()
-        if resume_from_checkpoint is not None:
+        if look is not None:
+            look()
+        if whole:
+            folder = Path(str(resume_from_checkpoint))
+            load_whole(self.accelerator.unwrap_model(self.model), base_optimizer(self.optimizer), folder)
+            self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+        elif resume_from_checkpoint is not None:
             # As the overridden method does at its end.
             if self.is_deepspeed_enabled:
                 strict = not isinstance(self.model, PeftModel)  # an adapter's checkpoint leaves its base model out
