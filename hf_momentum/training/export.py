@@ -389,8 +389,13 @@ def read_pieces(checkpoint: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _from_pieces(folder: Path) -> dict[str, Any]:
-    tables = read_pieces(folder)
     files = dict(optimizer_files(folder))
+    if not files:  # ZeRO-0 saves whole tensors, in the model's file
+        tag = (folder / "latest").read_text(encoding="utf-8").strip()
+        content = load_trusted(sorted((folder / tag).glob("mp_rank_*_model_states.pt"))[0])["optimizer"]
+        whole_state: dict[str, Any] = content.get("optimizer_state_dict", content)
+        return whole_state
+    tables = read_pieces(folder)
     if len(files) != len(tables):
         raise InputError(f"{folder} has {len(files)} files of optimizer states for {len(tables)} tables of pieces")
     tensors = tables[0]["tensors"]
