@@ -538,6 +538,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
             ValueError: the state dict was saved by another optimizer, or its groups do not fit.
         """
         self._require_own(state_dict)
+        self.layout()
         saved = {group.get("index", number): group for number, group in enumerate(state_dict["param_groups"])}
         for number, group in enumerate(self.param_groups):
             index = number if self._zero is None else group["index"]
