@@ -32,8 +32,18 @@ def support(results: Mapping[str, Any]) -> str:
 def figures(results: Mapping[str, Any]) -> str:
     """Case by layout: the largest difference of any weight over the largest weight, after 20 steps."""
     differences = results["differences"]
-    layouts = list(dict.fromkeys(layout for layout, _ in _layouts(differences)))
-    shown = [layout for layout in layouts if "processes" not in layout]
+    shown = list(dict.fromkeys(layout for layout, suffix in _layouts(differences) if suffix != "-odd"))
+    return _by_layout(differences, shown)
+
+
+def half(results: Mapping[str, Any]) -> str:
+    """The same for bf16."""
+    differences = results["differences"]
+    layouts = dict.fromkeys(layout for found in differences.values() for layout in found if "bf16" in layout)
+    return _by_layout(differences, list(layouts))
+
+
+def _by_layout(differences: Mapping[str, Mapping[str, float]], shown: list[str]) -> str:
     rows = ["| case | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
     for label, found in differences.items():
         if any(layout in found for layout in shown):
@@ -75,7 +85,8 @@ def main() -> int:
     """Rewrite the tables, or check them."""
     results = json.loads(RESULTS.read_text())
     stale = []
-    for file, name, table in (("README.md", "support", support), ("docs/scale.md", "figures", figures)):
+    tables = (("README.md", "support", support), ("docs/scale.md", "figures", figures), ("docs/scale.md", "bf16", half))
+    for file, name, table in tables:
         path = ROOT / file
         text = path.read_text()
         new = replaced(text, name, table(results))

@@ -63,8 +63,11 @@ REST = [
     case("schedule-onecycle", "tam", momentum_schedule="onecycle"),
 ]
 NAIVE = [{"label": "naive", "naive": True, "lr": 0.05}]
+# Gradients in bf16, state and sums in float32. ZeRO's weights are rounded to bf16 as well, which shows as 1e-3.
+HALF = [case(f"{name}-bf16", name, bf16=True) for name in ("tam", "vradam", "ahb_adamw")]
+HALF_TOLERANCE = 5e-3
 SHORT = ["tam", "adatamw-tensor", "ahb_adamw-preconditioned", "vradam", "critical_sgd-measured", "tam-lora", "naive"]
-EVERY = {entry["label"]: entry for entry in NAMES + OPTIONS + LORA + ACCUMULATION + ODD + REST + NAIVE}
+EVERY = {entry["label"]: entry for entry in NAMES + OPTIONS + LORA + ACCUMULATION + ODD + REST + HALF + NAIVE}
 
 
 @dataclass(frozen=True)
@@ -89,13 +92,21 @@ LAUNCHES = {
     "DDP": Launch("ddp", 2, "MULTI_CPU", "whole tensors", FULL),
     "FSDP2": Launch("fsdp2", 2, "FSDP", "FSDP2", FULL),
     "HSDP": Launch("hsdp", 4, "FSDP", "HSDP", NAMES + NAIVE),
-    "ZeRO-0": Launch("zero0", 2, "DEEPSPEED", "whole tensors", NAMES),
+    "ZeRO-0": Launch("zero0", 2, "DEEPSPEED", "whole tensors", NAMES + REST[2:3]),
     "ZeRO-1": Launch("zero1", 2, "DEEPSPEED", "ZeRO-1/2", NAMES + NAIVE, **ZERO2),
     "ZeRO-2": Launch("zero2", 2, "DEEPSPEED", "ZeRO-1/2", FULL, **ZERO2),
     "ZeRO-3": Launch("zero3", 2, "DEEPSPEED", "ZeRO-3", FULL, **ZERO3),
     "ZeRO-2 offload": Launch("zero2_offload", 2, "DEEPSPEED", "ZeRO-1/2", NAMES, **ZERO2),
     "ZeRO-3 offload": Launch("zero3_offload", 2, "DEEPSPEED", "ZeRO-3", NAMES, **ZERO3),
     "ZeRO-2 round robin": Launch("zero2", 2, "DEEPSPEED", "ZeRO-1/2", NAMES[:1], ROUND_ROBIN, ZERO2["wrapper"]),
+    "DDP, bf16": Launch("ddp", 2, "MULTI_CPU", "whole tensors", HALF),
+    "FSDP2, bf16": Launch("fsdp2", 2, "FSDP", "FSDP2", HALF),
+    "ZeRO-2, bf16": Launch("zero2", 2, "DEEPSPEED", "ZeRO-1/2", HALF, **ZERO2),
+    "ZeRO-3, bf16": Launch("zero3", 2, "DEEPSPEED", "ZeRO-3", HALF, **ZERO3),
+    # DeepSpeed's own optimizer for this: one call of `step` for all groups.
+    "ZeRO-1, bf16, float32 accumulation": Launch(
+        "zero1", 2, "DEEPSPEED", "ZeRO-1/2", HALF, {"data_types.grad_accum_dtype": "fp32"}, "BF16_Optimizer"
+    ),
     "DDP, 3 processes": Launch("ddp", 3, "MULTI_CPU", "whole tensors", ODD),
     "FSDP2, 3 processes": Launch("fsdp2", 3, "FSDP", "FSDP2", ODD),
     "ZeRO-1, 3 processes": Launch("zero1", 3, "DEEPSPEED", "ZeRO-1/2", ODD, **ZERO2),
@@ -209,7 +220,7 @@ def test_the_single_process_trajectory(layout, label, launched, single, record_s
         assert difference > SENSITIVITY if sharded else difference <= TOLERANCE
         return
     record_support(label, layout, difference)
-    assert difference <= TOLERANCE
+    assert difference <= (HALF_TOLERANCE if label.endswith("bf16") else TOLERANCE)
     if found["kind"] is None:
         return  # an optimizer of torch's, under a momentum schedule
     assert found["optimizer"] == OPTIMIZERS[EVERY[label]["optim"]].cls.__name__

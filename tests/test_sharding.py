@@ -1,5 +1,6 @@
 """Reductions over pieces are exact, and what is not supported is refused in one clear sentence."""
 
+import json
 import os
 import subprocess
 import sys
@@ -110,3 +111,14 @@ def test_half_precision_weights_without_zero_are_refused(tmp_path, record_refuse
     facts = run_job(tmp_path / "run", [case("bf16", "tam", steps=2, bf16=True)], 2, config)
     assert "set the ZeRO stage to 1, 2 or 3" in facts["bf16"]["error"]
     record_refused("ZeRO-0 with half-precision weights")
+
+
+def test_the_tables_of_support_are_what_the_matrix_found():
+    """README and docs are generated from docs/support.json, which holds every optimizer."""
+    script = ROOT / "scripts" / "support_table.py"
+    result = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads((ROOT / "docs" / "support.json").read_text())
+    for name in OPTIMIZERS:
+        assert {"DDP", "FSDP2", "HSDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"} <= set(found["differences"][name])
+    assert max(max(row.values()) for label, row in found["differences"].items() if "bf16" not in label) <= 1e-6
