@@ -3,6 +3,7 @@
 Every check runs on every process; an AssertionError ends the run. The last line of the main process says so.
 """
 
+import re
 import sys
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -45,8 +46,6 @@ def reductions_are_exact(mesh: Any) -> None:
 
 
 def placements_on(mesh: Any) -> list[Any]:
-    from torch.distributed.tensor import Replicate
-
     return [Shard(0)] if mesh.ndim == 1 else [Replicate(), Shard(0)]
 
 
@@ -88,16 +87,21 @@ def cuts_that_are_not_data_parallel_are_refused() -> None:
     refused(TAM(flat.parameters()), "FSDP1 flat parameter.*fsdp_version: 2")
 
 
-def refused(optimizer: Any, message: str) -> None:
-    import re
-
+def refused(optimizer: Any, message: str, call: Any = None) -> None:
     try:
-        optimizer.layout()
+        (call or optimizer.layout)()
     except UnsupportedLayoutError as error:
         assert re.search(message, str(error)), error
         assert "Supported: one process" in str(error)
     else:
         raise AssertionError(f"not refused: {message}")
+
+
+def a_gradient_that_is_not_summed_yet_is_refused(mesh: Any) -> None:
+    weight = torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, placements_on(mesh)))
+    optimizer = TAM([weight])
+    weight.grad = DTensor.from_local(torch.ones(4, 2), mesh, [Partial()] * mesh.ndim)
+    refused(optimizer, "is not cut like the tensor itself", optimizer.step)
 
 
 def the_tensors_that_fsdp_replaces_are_let_go() -> None:
@@ -126,6 +130,7 @@ def main() -> None:
         reductions_are_exact(mesh)
         plain_tensors_among_shards_keep_their_own_sums(mesh)
         steps_are_those_of_whole_tensors(mesh)
+        a_gradient_that_is_not_summed_yet_is_refused(mesh)
     cuts_that_are_not_data_parallel_are_refused()
     the_tensors_that_fsdp_replaces_are_let_go()
     if dist.get_rank() == 0:

@@ -16,7 +16,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_momentum.kernels import sum_dtype
-from hf_momentum.sharding import Holder, Layout, Piece, ZeroPartitions, clipping_factor, is_marked, lay_out
+from hf_momentum.sharding import (
+    Holder,
+    Layout,
+    Piece,
+    ZeroPartitions,
+    clipping_factor,
+    is_marked,
+    lay_out,
+    require_like,
+)
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -459,6 +468,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
         open_buckets: dict[tuple[int, torch.device, torch.dtype], Bucket] = {}
         counters = StepCounters()
         for holder in holders:
+            require_like(holder.tensor, holder.grad)
             for piece in holder.pieces:
                 if holder.grad.layout != torch.strided:
                     raise RuntimeError(

@@ -3,7 +3,15 @@
 A single process, where every tensor is whole, is the simplest case.
 """
 
-from hf_momentum.sharding.layout import SUPPORTED, Holder, Layout, Piece, UnsupportedLayoutError, lay_out
+from hf_momentum.sharding.layout import (
+    SUPPORTED,
+    Holder,
+    Layout,
+    Piece,
+    UnsupportedLayoutError,
+    lay_out,
+    require_like,
+)
 from hf_momentum.sharding.zero import ZeroPartitions, clipping_factor, is_marked
 
 __all__ = [
@@ -16,4 +24,5 @@ __all__ = [
     "clipping_factor",
     "is_marked",
     "lay_out",
+    "require_like",
 ]

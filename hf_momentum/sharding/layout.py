@@ -187,6 +187,23 @@ def _sharded_over(param: DTensor) -> tuple[str, dist.ProcessGroup | None]:
     return kind, mesh.get_group(sharded[0]) if sharded else None
 
 
+def require_like(param: Tensor, grad: Tensor) -> None:
+    """Raise unless a gradient is cut like its parameter.
+
+    Raises:
+        UnsupportedLayoutError: it is not, for example because it has not been summed over the processes yet.
+
+    Example:
+        >>> require_like(torch.zeros(2), torch.ones(2))
+    """
+    here = [(t.placements, t.device_mesh) if isinstance(t, DTensor) else None for t in (param, grad)]
+    if here[0] != here[1]:
+        raise UnsupportedLayoutError(
+            f"the gradient of a tensor of shape {tuple(param.shape)} is not cut like the tensor itself "
+            f"({here[1] and here[1][0]}, not {here[0] and here[0][0]})"
+        )
+
+
 def require_whole_tensor(param: Tensor, known: Callable[[Tensor], bool]) -> None:
     """Raise unless a tensor that is no DTensor is whole and was given to the optimizer by its user.
 
