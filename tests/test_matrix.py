@@ -52,6 +52,11 @@ def case(label: str, optim: str, **fields: Any) -> dict[str, Any]:
 
 NAMES = [case(name, name) for name in OPTIMIZERS]
 OPTIONS = [case(label, optim, optim_args=text) for label, (optim, text) in VARIANTS.items()]
+for entry in OPTIONS:
+    if entry["label"] in ("adatamw-tensor", "vradam-update"):
+        entry["lr"] = (
+            1e-4 if entry["optim"] == "adatamw" else 1e-3
+        )  # bias correction and a gate that brakes: small steps
 LORA = [case(f"{name}-lora", name, lora=True) for name in OPTIMIZERS]
 ACCUMULATION = [case(f"{name}-accumulation", name, accumulation=2) for name in OPTIMIZERS]
 ODD = [case(f"{name}-odd", name, size="odd") for name in OPTIMIZERS]
