@@ -152,7 +152,7 @@ def _export(words: list[str]) -> int:
     parser.add_argument(
         "--resumable",
         action="store_true",
-        help="also the state of optimizer and schedule, whole, for one process or DDP",
+        help="also the state of optimizer and schedule, whole, to continue under any launch",
     )
     known = parser.parse_args(words)
     from hf_momentum.training.export import export
