@@ -188,6 +188,8 @@ class AHBSGD(MomentumOptimizer):
         previous_grad_dtype: `"float32"` (default; float64 weights keep float64) or `"bfloat16"`, which halves that
             buffer.
         maximize: ascend instead of descend. Default False.
+        fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
+            the first step; True insists on them; False never uses them.
 
     State: `displacement` and `previous_grad` per parameter; in the groups `curvature`, `beta`, and one number per
     parameter for the squared norms of the last difference and displacement.
@@ -226,6 +228,7 @@ class AHBSGD(MomentumOptimizer):
         granularity: Granularity = "global",
         previous_grad_dtype: GradDtype = "float32",
         maximize: bool = False,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -236,6 +239,7 @@ class AHBSGD(MomentumOptimizer):
             "granularity": granularity,
             "previous_grad_dtype": previous_grad_dtype,
             "maximize": maximize,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
@@ -296,6 +300,8 @@ class AHBAdam(MomentumOptimizer):
         weight_decay: wd, >= 0. Default 0.
         decoupled_weight_decay: True (default), or False to add wd w to the gradient.
         maximize: ascend instead of descend. Default False.
+        fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
+            the first step; True insists on them; False never uses them.
 
     State: `exp_avg`, `exp_avg_sq`, `previous_grad` and `step` per parameter; in the groups `curvature`, `beta` and a
     few numbers per parameter.
@@ -331,6 +337,7 @@ class AHBAdam(MomentumOptimizer):
         granularity: Granularity = "global",
         previous_grad_dtype: GradDtype = "float32",
         maximize: bool = False,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -344,6 +351,7 @@ class AHBAdam(MomentumOptimizer):
             "granularity": granularity,
             "previous_grad_dtype": previous_grad_dtype,
             "maximize": maximize,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
@@ -377,6 +385,8 @@ class AHBAdamW(MomentumOptimizer):
         difference: `"plain"` (default, the paper's) or `"preconditioned"`; see `AHBAdam`.
         weight_decay: wd, >= 0. Default 1e-2, as in `torch.optim.AdamW`.
         maximize: ascend instead of descend. Default False.
+        fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
+            the first step; True insists on them; False never uses them.
 
     State, clipping, cost, caveats and errors: as `AHBAdam`.
 
@@ -406,6 +416,7 @@ class AHBAdamW(MomentumOptimizer):
         granularity: Granularity = "global",
         previous_grad_dtype: GradDtype = "float32",
         maximize: bool = False,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -419,6 +430,7 @@ class AHBAdamW(MomentumOptimizer):
             "granularity": granularity,
             "previous_grad_dtype": previous_grad_dtype,
             "maximize": maximize,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 

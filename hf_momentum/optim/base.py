@@ -5,7 +5,9 @@ bookkeeping around it: it hands a method a `Step`, whose buckets are lists of wh
 whose `totals` turn sums over pieces into sums over tensors.
 """
 
+import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -15,8 +17,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hf_momentum.kernels import sum_dtype
+from hf_momentum.kernels import Gradients, alignment_sums, cpu, sum_dtype
+from hf_momentum.optim.arguments import check_fused
 from hf_momentum.sharding import Holder, Layout, Piece, ZeroPartitions, clipping_factor, is_marked, lay_out
+
+_LOGGER = logging.getLogger("hf_momentum")
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -110,6 +115,7 @@ class Bucket:
         holders: the tensors that hold the pieces, whose shape the state has.
         states: the state dictionaries of the holders.
         counters: the `step` of each state, read and advanced once per step; shared by all buckets.
+        fused: whether kernels may take it; `apply` and the sums choose by it, and nothing else does.
     """
 
     group: dict[str, Any]
@@ -121,6 +127,7 @@ class Bucket:
     holders: list[Tensor]
     states: list[dict[str, Any]]
     counters: StepCounters
+    fused: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -135,6 +142,61 @@ class Bucket:
     def elements(self) -> int:
         """The number of elements of all its pieces."""
         return sum(param.numel() for param in self.params)
+
+    def apply(self, update: Callable[..., None], *arguments: Any, **numbers: float) -> None:
+        """Update the weights by a pure function on lists, or by the kernel of the same name where the bucket is fused.
+
+        Args:
+            update: takes weights, gradients, `arguments` and `numbers`, and works in place.
+            arguments: lists of state tensors; vectors, 0-dim or one entry per tensor of the group; anything else as
+                it is.
+            numbers: hyperparameters.
+
+        Raises:
+            RuntimeError: the group insists on kernels, and a state tensor is of another dtype or layout than they take.
+        """
+        kernel = self._kernel(update, arguments)
+        if kernel is not None:
+            chosen = [self._chosen(x) if isinstance(x, Tensor) else x for x in arguments]
+            kernel(self.params, self._unformed(), *chosen, **numbers)
+            return
+        weights = self.weights()
+        chosen = [self.scalars(x) if isinstance(x, Tensor) else x for x in arguments]
+        update(weights, self.decayed_gradients(), *chosen, **numbers)
+        self.store(weights)
+
+    def alignment_sums(self, xs: list[Tensor]) -> Tensor:
+        """`<x, g>, <x, x>, <g, g>` of each piece and its gradient with coupled decay, `[pieces, 3]`."""
+        kernel = self._kernel(alignment_sums, [xs])
+        if kernel is None:
+            return alignment_sums(xs, self.decayed_gradients())
+        sums: Tensor = kernel(self._unformed(), xs)
+        return sums
+
+    def _kernel(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any] | None:
+        """The kernel that stands in for a function on lists, if this bucket and this state can have it."""
+        if not self.fused:
+            return None
+        lists = [x for x in arguments if isinstance(x, list) and x and isinstance(x[0], Tensor)]
+        if all(map(cpu.fits, lists)):
+            kernel: Callable[..., Any] = getattr(cpu, function.__name__)
+            return kernel
+        if self.group["fused"]:
+            raise RuntimeError(
+                f"fused=True, but a state tensor of group {self.index} is not contiguous float32 on the CPU, which is "
+                "all that the kernels take; let fused be None, or load a state that this package saved"
+            )
+        return None
+
+    def _unformed(self) -> Gradients:
+        """What `decayed_gradients()` forms, for kernels that form it on the way."""
+        coupled = self.group["weight_decay"] - self.decoupled_decay()
+        return Gradients(self.raw_grads, self.params, -1.0 if self.group["maximize"] else 1.0, coupled)
+
+    def _chosen(self, values: Tensor) -> Tensor:
+        """`values`, 0-dim or one per tensor of the group, with one entry per piece in float64."""
+        values = values.double()
+        return values if values.dim() == 0 else values[[piece.position for piece in self.pieces]]
 
     def scalars(self, values: Tensor) -> Tensor | list[Tensor]:
         """`values`, 0-dim or one per tensor of the group, as `_foreach` functions take them for this bucket."""
@@ -173,9 +235,14 @@ class Bucket:
     def decayed_gradients(self) -> list[Tensor]:
         """`gradients()` plus wd w where the weight decay is coupled; `p.grad` is left alone."""
         wd = self.group["weight_decay"]
-        if not wd or self.group["decoupled_weight_decay"]:
+        if not wd or self.group.get("decoupled_weight_decay", True):
             return self.gradients()
         return list(torch._foreach_add(self.gradients(), self.weights(), alpha=wd))
+
+    def decoupled_decay(self) -> float:
+        """The weight decay that shrinks the weights; 0 where it enters the gradient instead."""
+        decay: float = self.group["weight_decay"] if self.group.get("decoupled_weight_decay", True) else 0.0
+        return decay
 
     def weights(self) -> list[Tensor]:
         """The parameters in the compute dtype: themselves, or float32 copies to be written back by `store`."""
@@ -298,13 +365,14 @@ class MomentumOptimizer(torch.optim.Optimizer):
     wrapper: Any = None
     """DeepSpeed's optimizer around this one, which clips before it calls `step`; None elsewhere."""
 
+    _said = False
     _layout: tuple[list[int], Layout] | None = None
     _zero: ZeroPartitions | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         # Weak, because FSDP2 must be able to free the tensors that it replaces.
         self._given: list[list[weakref.ref[Tensor]]] = []
-        super().__init__(params, {"algorithm": type(self).__name__, **defaults})
+        super().__init__(params, {"algorithm": type(self).__name__, "fused": None, **defaults})
 
     def _check(self, group: Mapping[str, Any]) -> None:
         raise NotImplementedError
@@ -318,7 +386,9 @@ class MomentumOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: a hyperparameter of the group is of the wrong type or out of range.
         """
-        self._check({**self.defaults, **param_group})
+        given = {**self.defaults, **param_group}
+        check_fused(type(self).__name__, given["fused"])
+        self._check(given)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["index"] = len(self.param_groups) - 1  # DeepSpeed shows groups one at a time
@@ -456,8 +526,10 @@ class MomentumOptimizer(torch.optim.Optimizer):
         holders: list[Holder],
     ) -> list[Bucket]:
         buckets: list[Bucket] = []
-        open_buckets: dict[tuple[int, torch.device, torch.dtype], Bucket] = {}
+        open_buckets: dict[tuple[int, torch.device, torch.dtype, bool], Bucket] = {}
         counters = StepCounters()
+        unfused: Counter[str] = Counter()
+        elements: dict[tuple[int, torch.device, torch.dtype, bool], int] = {}
         for holder in holders:
             for piece in holder.pieces:
                 if holder.grad.layout != torch.strided:
@@ -466,19 +538,47 @@ class MomentumOptimizer(torch.optim.Optimizer):
                         f"{piece.group}, shape {tuple(holder.tensor.shape)}); build the embedding with sparse=False"
                     )
                 param, grad = piece.of(holder.tensor), piece.of(holder.grad)
-                key = (piece.group, param.device, param.dtype)
+                index = numbers.index(piece.group)
+                obstacle = self._obstacle(groups[index], piece, param, grad)
+                if obstacle:
+                    unfused[obstacle] += 1
+                key = (piece.group, param.device, param.dtype, not obstacle)
                 bucket = open_buckets.get(key)
-                if bucket is None or bucket.elements() + param.numel() > _BUCKET_ELEMENTS:
-                    index = numbers.index(piece.group)
-                    bucket = Bucket(groups[index], vectors[index], index, [], [], [], [], [], counters)
-                    open_buckets[key] = bucket
+                if bucket is None or elements[key] + param.numel() > _BUCKET_ELEMENTS:
+                    vector = vectors[index]
+                    bucket = Bucket(groups[index], vector, index, [], [], [], [], [], counters, fused=not obstacle)
+                    open_buckets[key], elements[key] = bucket, 0
                     buckets.append(bucket)
+                elements[key] += param.numel()
                 bucket.pieces.append(piece)
                 bucket.params.append(param)
                 bucket.raw_grads.append(grad)
                 bucket.holders.append(holder.tensor)
                 bucket.states.append(self.state[holder.tensor])
+        self._say_which_path(sum(len(bucket.pieces) for bucket in buckets), unfused)
         return buckets
+
+    def _obstacle(self, group: dict[str, Any], piece: Piece, param: Tensor, grad: Tensor) -> str:
+        """Why the kernels do not take a piece; empty where they do."""
+        if group["fused"] is False:
+            return "fused=False"
+        obstacle = cpu.obstacle(param, grad) or cpu.available()[1]
+        if obstacle and group["fused"]:
+            raise RuntimeError(
+                f"{type(self).__name__}: fused=True, but there are no kernels for parameter {piece.position} of group "
+                f"{piece.group}: {obstacle}; let fused be None to have them wherever they can be had"
+            )
+        return obstacle
+
+    def _say_which_path(self, count: int, unfused: Counter[str]) -> None:
+        """One line in the log at the first step."""
+        if self._said:
+            return
+        self._said = True
+        fused = count - unfused.total()
+        parts = [f"CPU kernels for {fused} of {count} tensors or pieces"] if fused else []
+        parts += [f"foreach for {number} ({reason})" for reason, number in unfused.items()]
+        _LOGGER.info("%s: %s", type(self).__name__, "; ".join(parts))
 
     def _clipping(self) -> Tensor | float:
         if self._zero is None:
@@ -591,5 +691,6 @@ class MomentumOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         for index, group in enumerate(self.param_groups):
             group.setdefault("index", index)
+            group.setdefault("fused", None)  # checkpoints from before there were kernels
         if "_given" not in self.__dict__:  # a copy made by copy.deepcopy or pickle holds its own parameters
             self._given = [[weakref.ref(param) for param in group["params"]] for group in self.param_groups]

@@ -113,6 +113,8 @@ class CriticalSGD(MomentumOptimizer):
         weight_decay: wd, >= 0. Default 0.
         decoupled_weight_decay: True (default), or False to add wd w to the gradient as torch's SGD does.
         maximize: ascend instead of descend. Default False.
+        fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
+            the first step; True insists on them; False never uses them.
 
     State: `momentum_buffer` per parameter, with a measured curvature also `previous_grad` (and with critical_nesterov
     `direction`); in the groups `mu`, `damping_ratio` = (1 - mu) / (2 sqrt(lr L)) and what the measurement needs.
@@ -147,6 +149,7 @@ class CriticalSGD(MomentumOptimizer):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -157,6 +160,7 @@ class CriticalSGD(MomentumOptimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
@@ -209,6 +213,8 @@ class CriticalAdamW(MomentumOptimizer):
         low, high: bounds of b1, 0 <= low <= high < 1. Default 0 and 0.99 (ours).
         weight_decay: wd, >= 0, decoupled. Default 1e-2, as in `torch.optim.AdamW`.
         maximize: ascend instead of descend. Default False.
+        fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
+            the first step; True insists on them; False never uses them.
 
     State: `exp_avg`, `exp_avg_sq` and `step` per parameter, with a measured curvature also `previous_grad`; in the
     groups `mu` (b1), `damping_ratio` and one number per parameter for the bias correction.
@@ -241,6 +247,7 @@ class CriticalAdamW(MomentumOptimizer):
         high: float = HIGH,
         weight_decay: float = 1e-2,
         maximize: bool = False,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -253,6 +260,7 @@ class CriticalAdamW(MomentumOptimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": True,
             "maximize": maximize,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 

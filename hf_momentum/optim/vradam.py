@@ -211,6 +211,8 @@ class VRAdam(MomentumOptimizer):
             not change when the loss is scaled). |u|^2 grows with the number of parameters, so `beta3` must then be
             about one over that number. The same in all groups if global.
         maximize: ascend instead of descend. Default False.
+        fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
+            the first step; True insists on them; False never uses them.
 
     State: `exp_avg` and `exp_avg_sq` per parameter (float32 for half-precision weights) and `step`; in the groups
     `lr_ratio` (lr_t / lr) and `momentum_norm` (|m|, whatever `norm_of`) of the last step: 0-dim, or one entry per
@@ -254,6 +256,7 @@ class VRAdam(MomentumOptimizer):
         norm_scope: NormScope = "global",
         norm_of: NormOf = "momentum",
         maximize: bool = False,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -265,6 +268,7 @@ class VRAdam(MomentumOptimizer):
             "norm_scope": norm_scope,
             "norm_of": norm_of,
             "maximize": maximize,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
@@ -320,6 +324,8 @@ class VRMomentum(MomentumOptimizer):
         weight_decay: wd, >= 0, decoupled. Default 0.
         norm_scope: `"global"` (default), `"group"` or `"tensor"`. The same in all groups.
         maximize: ascend instead of descend. Default False.
+        fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
+            the first step; True insists on them; False never uses them.
 
     State: `momentum_buffer` per parameter (float32 for half-precision weights); `lr_ratio` and `momentum_norm` in the
     groups, as `VRAdam`.
@@ -351,6 +357,7 @@ class VRMomentum(MomentumOptimizer):
         weight_decay: float = 0.0,
         norm_scope: NormScope = "global",
         maximize: bool = False,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -360,6 +367,7 @@ class VRMomentum(MomentumOptimizer):
             "weight_decay": weight_decay,
             "norm_scope": norm_scope,
             "maximize": maximize,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
