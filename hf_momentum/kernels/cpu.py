@@ -2,7 +2,8 @@
 
 A function here has the name of the pure function that it stands in for and takes the same arguments, with `Gradients`
 in the place of formed gradients, float64 tensors for scalars (0-dim: one for all; 1-D: one per tensor), and weights in
-their own dtype. Whether it may stand in is for the caller to ask: `available` and `obstacle` say so.
+their own dtype. Whether it may stand in is for the caller to ask: `available`,
+`obstacle` and `kernel` say so.
 
 The library is kept in `$XDG_CACHE_HOME/hf-momentum/kernels` (`~/.cache` by default) under a name that depends on the
 source, the compiler and the processor's features, so that homes shared by different machines work.
@@ -17,8 +18,10 @@ import shutil
 import subprocess
 import tempfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,15 +159,25 @@ def obstacle(param: Tensor, grad: Tensor) -> str:
     return ""
 
 
-def fits(buffers: Sequence[Tensor], dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
-    """Whether every tensor of the state is contiguous, on the CPU and of one of `dtypes`.
+def kernel(name: str, buffers: Sequence[Sequence[Tensor]]) -> Callable[..., Any] | None:
+    """The function of this module that stands in for the pure function `name`, if it can take these lists of state.
+
+    State is contiguous float32 on the CPU; a previous gradient may be bfloat16.
 
     Example:
-        >>> fits([torch.zeros(3)]), fits([torch.zeros(3, dtype=torch.float16)])
-        (True, False)
+        >>> kernel("tam_update_", [[torch.zeros(3)]]) is tam_update_
+        True
+        >>> kernel("tam_update_", [[torch.zeros(3, dtype=torch.float16)]]), kernel("no_such_rule_", [])
+        (None, None)
     """
-    dtype = buffers[0].dtype if buffers else dtypes[0]
-    return dtype in dtypes and all(x.dtype == dtype and x.is_contiguous() and x.is_cpu for x in buffers)
+    for number, tensors in enumerate(buffers):
+        dtype = torch.float32
+        if name == "squared_changes_" and number == 0 and tensors[0].dtype == torch.bfloat16:
+            dtype = torch.bfloat16
+        if not all(x.dtype == dtype and x.is_contiguous() and x.is_cpu for x in tensors):
+            return None
+    found: Callable[..., Any] | None = _RULES.get(name)
+    return found
 
 
 class _Call:
@@ -202,6 +215,14 @@ class _Call:
         self.work.kind = _KINDS[params[0].dtype] if params else 0
         self.tensors("weights", params, written=True)
 
+    def moments(
+        self, first: Sequence[Tensor], second: Sequence[Tensor], beta2: float, eps: float, *, written: bool = True
+    ) -> None:
+        """Adam's moments and what they are computed with."""
+        self.tensors("first", first, written=written)
+        self.tensors("squares", second, written=written)
+        self.work.beta2, self.work.eps = beta2, eps
+
     def numbers(self, **numbers: "Tensor | Sequence[float] | float") -> None:
         """One number per tensor for each field, out of a float, a 0-dim tensor, or one entry per tensor."""
         for name, value in numbers.items():
@@ -209,9 +230,10 @@ class _Call:
                 each = value.double().expand(self.work.tensors).contiguous()
                 self._alive.append(each)
                 setattr(self.work, name, each.data_ptr())
+            elif isinstance(value, Sequence):
+                setattr(self.work, name, self._table(array("d", value)))
             else:
-                one = isinstance(value, float | int)
-                setattr(self.work, name, self._table(array("d", [value]) * self.work.tensors if one else array("d", value)))
+                setattr(self.work, name, self._table(array("d", [value]) * self.work.tensors))
 
     def run(self, kernel: str, width: int = 0) -> Tensor:
         """Call the kernel; the sums, `[tensors, width]` in float64."""
@@ -279,3 +301,309 @@ def tam_update_(
     call.tensors("first", momenta, written=True)
     call.numbers(keep=momentum, enter=scale, rate=lr, shrink=1 - lr * weight_decay)
     call.run("momentum_step")
+
+
+def ahb_sgd_update_(
+    params: Sequence[Tensor],
+    grads: Gradients,
+    displacements: Sequence[Tensor],
+    beta: Tensor,
+    *,
+    lr: float,
+    weight_decay: float,
+) -> None:
+    """`hf_momentum.optim.ahb.ahb_sgd_update_` in one pass.
+
+    Raises:
+        RuntimeError: the kernels are not available.
+
+    Example:
+        >>> w, g, dw = [torch.ones(1)], [torch.ones(1)], [torch.tensor([0.2])]
+        >>> if available()[0]:
+        ...     ahb_sgd_update_(w, Gradients(g, w), dw, torch.tensor(0.5), lr=0.1, weight_decay=0.0)
+    """
+    call = _Call(displacements)
+    call.gradients(grads)
+    call.weights(params)
+    call.tensors("first", displacements, written=True)
+    call.numbers(keep=beta, enter=-lr, rate=-1.0, shrink=1 - lr * weight_decay)
+    call.run("momentum_step")
+
+
+def critical_sgd_update_(
+    params: Sequence[Tensor],
+    grads: Gradients,
+    momenta: Sequence[Tensor],
+    mu: Tensor,
+    kept: Sequence[Tensor] | None,
+    *,
+    lr: float,
+    weight_decay: float,
+    nesterov: bool,
+) -> None:
+    """`hf_momentum.optim.critical.critical_sgd_update_` in one pass.
+
+    Raises:
+        RuntimeError: the kernels are not available.
+
+    Example:
+        >>> w, g, m = [torch.ones(1)], [torch.ones(1)], [torch.zeros(1)]
+        >>> if available()[0]:
+        ...     critical_sgd_update_(w, Gradients(g, w), m, torch.tensor(0.5), None, lr=0.1, weight_decay=0.0,
+        ...                          nesterov=False)
+    """
+    call = _Call(momenta)
+    call.gradients(grads)
+    call.weights(params)
+    call.tensors("first", momenta, written=True)
+    if kept is not None:
+        call.tensors("previous", kept, written=True)
+    call.work.nesterov = 0 if not nesterov else 1 if kept is None else 2
+    call.numbers(keep=mu, enter=1.0, rate=lr, shrink=1 - lr * weight_decay)
+    call.run("momentum_step")
+
+
+def adatam_update_(
+    params: Sequence[Tensor],
+    grads: Gradients,
+    first_moments: Sequence[Tensor],
+    second_moments: Sequence[Tensor],
+    scale: Tensor,
+    steps: Sequence[float] | None,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    ema: bool,
+    weight_decay: float,
+) -> None:
+    """`hf_momentum.optim.tam.adatam_update_` in one pass.
+
+    Raises:
+        RuntimeError: the kernels are not available.
+
+    Example:
+        >>> w, g, m, v = [torch.ones(1)], [torch.ones(1)], [torch.zeros(1)], [torch.zeros(1)]
+        >>> if available()[0]:
+        ...     adatam_update_(w, Gradients(g, w), m, v, torch.tensor(0.5), None, lr=0.1, betas=(0.9, 0.99), eps=0.0,
+        ...                    ema=False, weight_decay=0.0)
+    """
+    beta1, beta2 = betas
+    call = _Call(first_moments)
+    call.gradients(grads)
+    call.weights(params)
+    call.moments(first_moments, second_moments, beta2, eps)
+    call.numbers(
+        keep=beta1,
+        enter=scale.double() * (1 - beta1 if ema else 1),
+        rate=lr if steps is None else [lr / (1 - beta1**t) for t in steps],
+        shrink=1 - lr * weight_decay,
+        unbias=1.0 if steps is None else _unbiasing(steps, beta2),
+    )
+    call.run("adam_step")
+
+
+def adam_update_(
+    params: Sequence[Tensor],
+    grads: Gradients,
+    first_moments: Sequence[Tensor],
+    second_moments: Sequence[Tensor],
+    steps: Sequence[float],
+    beta1: Tensor,
+    correction1: Tensor,
+    *,
+    lr: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """`hf_momentum.optim.adam.adam_update_` in one pass.
+
+    Raises:
+        RuntimeError: the kernels are not available.
+
+    Example:
+        >>> w, g, m, v = [torch.ones(1)], [torch.ones(1)], [torch.zeros(1)], [torch.zeros(1)]
+        >>> if available()[0]:
+        ...     adam_update_(w, Gradients(g, w), m, v, [1.0], torch.tensor(0.9), torch.tensor(0.1), lr=0.1, beta2=0.99,
+        ...                  eps=0.0, weight_decay=0.0)
+    """
+    call = _Call(first_moments)
+    call.gradients(grads)
+    call.weights(params)
+    call.moments(first_moments, second_moments, beta2, eps)
+    call.numbers(
+        keep=beta1,
+        enter=1 - beta1.double(),
+        rate=lr / correction1.double(),
+        shrink=1 - lr * weight_decay,
+        unbias=_unbiasing(steps, beta2),
+    )
+    call.run("adam_step")
+
+
+# ---- updates in two halves, with a norm between them ----------------------------------------------------------------
+
+
+def advance_moments_(
+    grads: Gradients,
+    first_moments: Sequence[Tensor],
+    second_moments: Sequence[Tensor],
+    steps: Sequence[float],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    of_update: bool,
+) -> Tensor:
+    """`hf_momentum.optim.vradam.advance_moments_` in one pass, its sums included.
+
+    Raises:
+        RuntimeError: the kernels are not available.
+
+    Example:
+        >>> g, m, v = [torch.ones(1)], [torch.zeros(1)], [torch.zeros(1)]
+        >>> if available()[0]:
+        ...     sums = advance_moments_(Gradients(g, g), m, v, [1.0], betas=(0.9, 0.99), eps=0.0, of_update=False)
+    """
+    beta1, beta2 = betas
+    call = _Call(first_moments)
+    call.gradients(grads)
+    call.moments(first_moments, second_moments, beta2, eps)
+    call.numbers(keep=beta1, enter=1 - beta1, rate=[1 / (1 - beta1**t) for t in steps], unbias=_unbiasing(steps, beta2))
+    sums = call.run("adam_advance", 2)
+    return sums if of_update else sums[:, :1].expand(-1, 2)
+
+
+def vradam_update_(
+    params: Sequence[Tensor],
+    first_moments: Sequence[Tensor],
+    second_moments: Sequence[Tensor],
+    steps: Sequence[float],
+    rate: Tensor,
+    shrink: Tensor | None,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """`hf_momentum.optim.vradam.vradam_update_` in one pass.
+
+    Raises:
+        RuntimeError: the kernels are not available.
+
+    Example:
+        >>> w, m, v = [torch.ones(1)], [torch.ones(1)], [torch.ones(1)]
+        >>> if available()[0]:
+        ...     vradam_update_(w, m, v, [1.0], torch.tensor(0.1), None, betas=(0.9, 0.99), eps=0.0)
+    """
+    beta1, beta2 = betas
+    call = _Call(first_moments)
+    call.weights(params)
+    call.moments(first_moments, second_moments, beta2, eps, written=False)
+    corrections = torch.tensor([1 - beta1**t for t in steps], dtype=torch.float64)
+    call.numbers(
+        rate=rate.double() / corrections, shrink=1.0 if shrink is None else shrink, unbias=_unbiasing(steps, beta2)
+    )
+    call.run("adam_apply")
+
+
+def advance_momentum_(grads: Gradients, momenta: Sequence[Tensor], *, momentum: float) -> Tensor:
+    """`hf_momentum.optim.vradam.advance_momentum_` in one pass, its sum included.
+
+    Raises:
+        RuntimeError: the kernels are not available.
+
+    Example:
+        >>> g, m = [torch.ones(1)], [torch.zeros(1)]
+        >>> sums = advance_momentum_(Gradients(g, g), m, momentum=0.9) if available()[0] else None
+    """
+    call = _Call(momenta)
+    call.gradients(grads)
+    call.tensors("first", momenta, written=True)
+    call.numbers(keep=momentum, enter=1 - momentum)
+    return call.run("momentum_advance", 1).expand(-1, 2)
+
+
+def vr_update_(params: Sequence[Tensor], directions: Sequence[Tensor], rate: Tensor, shrink: Tensor | None) -> None:
+    """`hf_momentum.optim.vradam.vr_update_` in one pass.
+
+    Raises:
+        RuntimeError: the kernels are not available.
+
+    Example:
+        >>> w = [torch.ones(2)]
+        >>> if available()[0]:
+        ...     vr_update_(w, [torch.ones(2)], torch.tensor(0.25), torch.tensor(0.5))
+    """
+    call = _Call(directions)
+    call.weights(params)
+    call.tensors("first", directions)
+    call.numbers(rate=rate, shrink=1.0 if shrink is None else shrink)
+    call.run("momentum_apply")
+
+
+# ---- curvature ------------------------------------------------------------------------------------------------------
+
+
+def squared_changes_(
+    grads: Gradients,
+    previous: Sequence[Tensor],
+    displacements: Sequence[Tensor],
+    second_moments: Sequence[Tensor] | None,
+    steps: Sequence[float] | None,
+    new: Sequence[bool],
+    factor: Tensor | float,
+    *,
+    beta2: float,
+    eps: float,
+    preconditioned: bool,
+) -> Tensor:
+    """`hf_momentum.optim.curvature.squared_changes_` in one pass.
+
+    Raises:
+        RuntimeError: the kernels are not available.
+
+    Example:
+        >>> g, old, dw = [torch.ones(1)], [torch.zeros(1)], [torch.ones(1)]
+        >>> if available()[0]:
+        ...     sums = squared_changes_(Gradients(g, g), old, dw, None, None, [False], 1.0, beta2=0.0, eps=0.0,
+        ...                             preconditioned=False)
+    """
+    call = _Call(displacements)
+    call.gradients(replace(grads, sign=grads.sign * float(factor)))
+    call.tensors("previous", previous, written=True)
+    call.work.previous_kind = _KINDS[previous[0].dtype] if previous else 0
+    call.work.divide_change = preconditioned
+    if second_moments is None or steps is None:
+        call.tensors("first", displacements)
+    else:
+        call.work.second = 1
+        call.moments(displacements, second_moments, beta2, eps, written=False)
+        call.numbers(unbias=_unbiasing(steps, beta2))
+    sums = call.run("squared_changes", 2)
+    if any(new):
+        sums[:, 0].masked_fill_(torch.tensor(new), 0.0)
+    return sums
+
+
+def _unbiasing(steps: Sequence[float], beta2: float) -> list[float]:
+    """What turns sqrt(v) into sqrt(v / (1 - beta2^t))."""
+    factors = {t: (1 - beta2**t) ** -0.5 for t in set(steps)}
+    return [factors[t] for t in steps]
+
+
+_RULES: dict[str, Callable[..., Any]] = {
+    rule.__name__: rule
+    for rule in (
+        alignment_sums,
+        tam_update_,
+        ahb_sgd_update_,
+        critical_sgd_update_,
+        adatam_update_,
+        adam_update_,
+        advance_moments_,
+        vradam_update_,
+        advance_momentum_,
+        vr_update_,
+        squared_changes_,
+    )
+}

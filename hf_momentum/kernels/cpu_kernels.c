@@ -18,6 +18,7 @@ void free(void *);
 
 enum { FLOAT32, BFLOAT16, FLOAT16 }; /* storage of parameters and gradients; state is float32 */
 enum { CHUNK = 16384, WIDEST = 3 };
+enum { KEPT = 2 }; /* value of `nesterov`: the direction is also written to `previous` */
 enum { STEP, ADVANCE, APPLY }; /* both halves of an update, or one of them */
 
 struct work {
@@ -217,6 +218,7 @@ INLINE void momentum(ARGUMENTS, const int kind, const int coupled, const int pha
     const float keep = phase == APPLY ? 0.0f : (float)w->keep[t], enter = phase == APPLY ? 0.0f : (float)w->enter[t];
     const float rate = phase == ADVANCE ? 0.0f : (float)w->rate[t];
     const float shrink = phase == ADVANCE ? 0.0f : (float)w->shrink[t];
+    float *restrict kept = nesterov == KEPT ? (float *)w->previous[t] + begin : 0;
     double mm = 0.0;
     #pragma omp simd reduction(+ : mm)
     for (i64 i = 0; i < count; i++) {
@@ -229,12 +231,18 @@ INLINE void momentum(ARGUMENTS, const int kind, const int coupled, const int pha
             m[i] = a;
         }
         if (phase == ADVANCE) mm += (double)a * (double)a;
-        else store(weight, i, shrink * x - rate * (nesterov ? g + keep * a : a), kind);
+        else {
+            float direction = nesterov ? g + keep * a : a;
+            if (nesterov == KEPT) kept[i] = direction;
+            store(weight, i, shrink * x - rate * direction, kind);
+        }
     }
     sums[0] = mm;
 }
 RULE(momentum_step_rule) {
-    if (w->nesterov) { BY_KIND_AND_DECAY(w, momentum, STEP, 1) } else { BY_KIND_AND_DECAY(w, momentum, STEP, 0) }
+    if (w->nesterov == KEPT) { BY_KIND_AND_DECAY(w, momentum, STEP, KEPT) }
+    else if (w->nesterov) { BY_KIND_AND_DECAY(w, momentum, STEP, 1) }
+    else { BY_KIND_AND_DECAY(w, momentum, STEP, 0) }
 }
 RULE(momentum_advance_rule) { BY_KIND_AND_DECAY(w, momentum, ADVANCE, 0) }
 RULE(momentum_apply_rule) { BY_KIND(w->kind, momentum(w, t, begin, count, sums, KIND, 0, APPLY, 0)) }
@@ -251,7 +259,8 @@ INLINE void adam(ARGUMENTS, const int kind, const int coupled, const int phase) 
     const float sign = (float)w->sign, decay = (float)w->decay, eps = (float)w->eps, unbias = (float)w->unbias[t];
     const float beta2 = (float)w->beta2, rest2 = (float)(1.0 - w->beta2);
     const float keep = phase == APPLY ? 0.0f : (float)w->keep[t], enter = phase == APPLY ? 0.0f : (float)w->enter[t];
-    const float rate = (float)w->rate[t], shrink = phase == ADVANCE ? 0.0f : (float)w->shrink[t];
+    const float rate = (float)w->rate[t];
+    const float shrink = phase == ADVANCE ? 0.0f : (float)w->shrink[t];
     double mm = 0.0, uu = 0.0;
     #pragma omp simd reduction(+ : mm, uu)
     for (i64 i = 0; i < count; i++) {

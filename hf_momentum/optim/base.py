@@ -9,7 +9,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -143,13 +143,14 @@ class Bucket:
         """The number of elements of all its pieces."""
         return sum(param.numel() for param in self.params)
 
-    def apply(self, update: Callable[..., None], *arguments: Any, **numbers: float) -> None:
+    def apply(self, update: Callable[..., None], *arguments: Any, gradients: bool = True, **numbers: Any) -> None:
         """Update the weights by a pure function on lists, or by the kernel of the same name where the bucket is fused.
 
         Args:
             update: takes weights, gradients, `arguments` and `numbers`, and works in place.
             arguments: lists of state tensors; vectors, 0-dim or one entry per tensor of the group; anything else as
                 it is.
+            gradients: False for an update that takes none.
             numbers: hyperparameters.
 
         Raises:
@@ -158,12 +159,28 @@ class Bucket:
         kernel = self._kernel(update, arguments)
         if kernel is not None:
             chosen = [self._chosen(x) if isinstance(x, Tensor) else x for x in arguments]
-            kernel(self.params, self._unformed(), *chosen, **numbers)
+            kernel(self.params, *[self._unformed()] * gradients, *chosen, **numbers)
             return
         weights = self.weights()
         chosen = [self.scalars(x) if isinstance(x, Tensor) else x for x in arguments]
-        update(weights, self.decayed_gradients(), *chosen, **numbers)
+        update(weights, *[self.decayed_gradients()] * gradients, *chosen, **numbers)
         self.store(weights)
+
+    def advance(self, function: Callable[..., Tensor], *arguments: Any, decayed: bool = True, **numbers: Any) -> Tensor:
+        """Advance state tensors by the gradients, and return sums: by a pure function or its kernel, as `apply`.
+
+        Args:
+            function: takes gradients, `arguments` and `numbers`; returns `[pieces, ...]`.
+            arguments: lists of state tensors, and anything else as it is.
+            decayed: whether coupled weight decay enters the gradients.
+            numbers: hyperparameters.
+        """
+        kernel = self._kernel(function, arguments)
+        if kernel is not None:
+            unformed = self._unformed()
+            found: Tensor = kernel(unformed if decayed else replace(unformed, decay=0.0), *arguments, **numbers)
+            return found
+        return function(self.decayed_gradients() if decayed else self.gradients(), *arguments, **numbers)
 
     def alignment_sums(self, xs: list[Tensor]) -> Tensor:
         """`<x, g>, <x, x>, <g, g>` of each piece and its gradient with coupled decay, `[pieces, 3]`."""
@@ -178,13 +195,13 @@ class Bucket:
         if not self.fused:
             return None
         lists = [x for x in arguments if isinstance(x, list) and x and isinstance(x[0], Tensor)]
-        if all(map(cpu.fits, lists)):
-            kernel: Callable[..., Any] = getattr(cpu, function.__name__)
+        kernel = cpu.kernel(function.__name__, lists)
+        if kernel is not None:
             return kernel
         if self.group["fused"]:
             raise RuntimeError(
-                f"fused=True, but a state tensor of group {self.index} is not contiguous float32 on the CPU, which is "
-                "all that the kernels take; let fused be None, or load a state that this package saved"
+                f"fused=True, but there is no kernel {function.__name__} for the state of group {self.index}; kernels "
+                "take contiguous float32 on the CPU. Let fused be None, or load a state that this package saved"
             )
         return None
 

@@ -546,10 +546,9 @@ def adatam_step(step: Step) -> None:
     moments = [bucket.buffers("exp_avg") for bucket in step.buckets]
     scales = damped_scales(step, moments, "torque_eps")
     for bucket, m, scale in zip(step.buckets, moments, scales, strict=True):
-        group, w = bucket.group, bucket.weights()
-        adatam_update_(
-            w,
-            bucket.decayed_gradients(),
+        group = bucket.group
+        bucket.apply(
+            adatam_update_,
             m,
             bucket.buffers("exp_avg_sq"),
             scale,
@@ -558,6 +557,5 @@ def adatam_step(step: Step) -> None:
             betas=group["betas"],
             eps=group["eps"],
             ema=group["ema"],
-            weight_decay=group["weight_decay"] if group["decoupled_weight_decay"] else 0.0,
+            weight_decay=bucket.decoupled_decay(),
         )
-        bucket.store(w)
