@@ -25,6 +25,33 @@ _LOGGER = logging.getLogger("hf_momentum")
 
 _HALF = (torch.float16, torch.bfloat16)
 
+
+@dataclass(eq=False)
+class _Known:
+    """What an optimizer derives from its parameters, and makes anew when they change.
+
+    Attributes:
+        ids: of the parameters, by which it knows that they are the same.
+        layout: how they lie.
+        active, buckets: which had a gradient in the last step and how that one was sorted; empty unless all of it
+            is whole tensors that kernels take.
+    """
+
+    ids: list[int]
+    layout: Layout
+    active: Sequence[Sequence[int]] = ()
+    buckets: "Sequence[Bucket]" = ()
+
+    def keep(self, active: Sequence[Sequence[int]], buckets: "Sequence[Bucket]") -> None:
+        """Keep the buckets of a step for the next one, without its gradients and its state."""
+        whole = all(bucket.fused and not any(isinstance(x, DTensor) for x in bucket.holders) for bucket in buckets)
+        self.active = active if whole else ()
+        self.buckets = [replace(bucket, raw_grads=[], states=[]) for bucket in buckets] if whole else ()
+
+
+_SAID: "weakref.WeakSet[MomentumOptimizer]" = weakref.WeakSet()
+"""The optimizers that have said which path they take."""
+
 # A bucket is closed once it holds this many elements, which bounds the temporaries of an update (256 MiB of
 # float32 each) unless one piece alone is larger.
 _BUCKET_ELEMENTS = 2**26
@@ -97,7 +124,10 @@ class StepCounters:
         if id(state) not in self._advanced:
             self._advanced.add(id(state))
             self._values[id(state)] = self.read(state) + 1
-            state["step"] = state.get("step", torch.zeros(())) + 1
+            if "step" in state:
+                state["step"].add_(1)
+            else:
+                state["step"] = torch.ones(())
         return self._values[id(state)]
 
 
@@ -358,12 +388,21 @@ class Step:
             For each group a `[tensors, width]` table, the same on every process; zeros for tensors without a gradient.
         """
         first = [sum(self.layout.counts[:number]) for number in range(len(self.layout.counts))]
-        lines = list(torch.zeros(sum(self.layout.counts), width, dtype=sum_dtype(self.device), device=self.device))
+        empty = torch.zeros(sum(self.layout.counts), width, dtype=sum_dtype(self.device), device=self.device)
+        if self.device.type == "cpu":  # where an index is no transfer
+            for bucket, sums in zip(self.buckets, rows, strict=True):
+                at = torch.tensor([first[piece.group] + piece.position for piece in bucket.pieces])
+                empty.index_copy_(0, at, sums.to(self.device))
+            return self._by_group(self.layout.totals(empty))
+        lines = list(empty)
         for bucket, sums in zip(self.buckets, rows, strict=True):
             for piece, line in zip(bucket.pieces, sums.to(self.device).unbind(), strict=True):
                 lines[first[piece.group] + piece.position] = line
-        table = self.layout.totals(torch.stack(lines))
-        return [table[first[number] : first[number] + self.layout.counts[number]] for number in self.numbers]
+        return self._by_group(self.layout.totals(torch.stack(lines)))
+
+    def _by_group(self, table: Tensor) -> list[Tensor]:
+        parts = table.split(list(self.layout.counts))
+        return [parts[number] for number in self.numbers]
 
 
 class MomentumOptimizer(torch.optim.Optimizer):
@@ -382,8 +421,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
     wrapper: Any = None
     """DeepSpeed's optimizer around this one, which clips before it calls `step`; None elsewhere."""
 
-    _said = False
-    _layout: tuple[list[int], Layout] | None = None
+    _layout: "_Known | None" = None
     _zero: ZeroPartitions | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
@@ -460,14 +498,14 @@ class MomentumOptimizer(torch.optim.Optimizer):
             return self._zero.layout
         # Rebuilt when a wrapper has replaced the parameters, or a group was added.
         ids = [id(param) for group in self.param_groups for param in group["params"]]
-        if self._layout is None or self._layout[0] != ids:
+        if self._layout is None or self._layout.ids != ids:
             if is_marked(self._given):
                 self._zero = ZeroPartitions(self._given)
                 return self._zero.layout
             given = [reference() for group in self._given for reference in group]
             known = {id(param) for param in given}
-            self._layout = ids, lay_out(self.param_groups, lambda param: id(param) in known)
-        return self._layout[1]
+            self._layout = _Known(ids, lay_out(self.param_groups, lambda param: id(param) in known))
+        return self._layout.layout
 
     def tensors(self) -> list[list[Tensor]]:
         """The parameters of each group as the model holds them, also where a wrapper keeps others in the groups."""
@@ -519,21 +557,50 @@ class MomentumOptimizer(torch.optim.Optimizer):
             active = [partitions.active[number] for number in numbers]
         else:
             groups, numbers, holders, active = self.param_groups, list(range(len(self.param_groups))), [], []
-            for number, group in enumerate(groups):
-                with_grad = [i for i, param in enumerate(group["params"]) if param.grad is not None]
-                active.append(tuple(with_grad))
-                for i in with_grad:
-                    param = group["params"][i]
+            for group in groups:
+                active.append(tuple(i for i, param in enumerate(group["params"]) if param.grad is not None))
+            again = self._same_buckets(groups, active)
+            if again is not None:
+                vectors = self._vectors(layout, groups, numbers, active, again[0].device)
+                buckets = [replace(bucket, vectors=vectors[bucket.index]) for bucket in again]
+                return Step(groups, vectors, buckets, numbers, layout, self._clipping), holders
+            for number, positions in enumerate(active):
+                for i in positions:
+                    param = groups[number]["params"][i]
                     holders.append(Holder(param, param.grad, (Piece(number, i, start=None, numel=param.numel()),)))
         if not holders:
             return None
-        device = holders[0].tensor.device
-        vectors = [
+        vectors = self._vectors(layout, groups, numbers, active, holders[0].tensor.device)
+        buckets = self._buckets(groups, numbers, vectors, holders)
+        if self._layout is not None:
+            self._layout.keep(active, buckets)
+        return Step(groups, vectors, buckets, numbers, layout, self._clipping), holders
+
+    @staticmethod
+    def _vectors(
+        layout: Layout,
+        groups: list[dict[str, Any]],
+        numbers: list[int],
+        active: Sequence[Sequence[int]],
+        device: torch.device,
+    ) -> list[GroupVectors]:
+        return [
             GroupVectors(group, layout.counts[number], positions, device)
             for group, number, positions in zip(groups, numbers, active, strict=True)
         ]
-        buckets = self._buckets(groups, numbers, vectors, holders)
-        return Step(groups, vectors, buckets, numbers, layout, self._clipping), holders
+
+    def _same_buckets(self, groups: list[dict[str, Any]], active: Sequence[Sequence[int]]) -> list[Bucket] | None:
+        """The last step's buckets with the gradients of this one, if they still fit; sorting 400 tensors takes long."""
+        if self._layout is None or self._layout.active != active:
+            return None
+        found, counters = [], StepCounters()
+        for bucket in self._layout.buckets:
+            group, grads = groups[bucket.index], [param.grad for param in bucket.holders]
+            if group["fused"] is False or not cpu.takes(bucket.params, grads):
+                return None
+            states = [self.state[param] for param in bucket.holders]
+            found.append(replace(bucket, group=group, raw_grads=grads, states=states, counters=counters))
+        return found or None
 
     def _buckets(
         self,
@@ -589,9 +656,9 @@ class MomentumOptimizer(torch.optim.Optimizer):
 
     def _say_which_path(self, count: int, unfused: Counter[str]) -> None:
         """One line in the log at the first step."""
-        if self._said:
+        if self in _SAID:
             return
-        self._said = True
+        _SAID.add(self)
         fused = count - unfused.total()
         parts = [f"CPU kernels for {fused} of {count} tensors or pieces"] if fused else []
         parts += [f"foreach for {number} ({reason})" for reason, number in unfused.items()]
