@@ -8,7 +8,7 @@ PIP    := DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-vers
 # Nothing here needs the network after installation; the Hub client must not wait for it.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-all style format clean help
+.PHONY: quickstart test test-all bench style format clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -33,6 +33,9 @@ test: $(VENV)/dev.stamp ## virtual environment, install, and the test suite
 
 test-all: $(VENV)/dev.stamp ## the test suite with the slow tests
 	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+bench: $(VENV)/base.stamp ## time complete optimizer steps against torch's own on the CPU
+	$(BIN)/python scripts/bench_optimizers.py
 
 style: $(VENV)/dev.stamp ## check format, lint and types
 	$(BIN)/ruff format --check .

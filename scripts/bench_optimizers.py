@@ -64,7 +64,12 @@ def build(name: str, params: list[torch.nn.Parameter], fused: bool | None) -> to
     return OPTIMIZERS[name].cls(params, lr=1e-4, fused=fused)
 
 
-def measure(runs: dict[str, Callable[[], object]], rounds: int, warmup: int) -> dict[str, list[float]]:
+def measure(
+    runs: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Milliseconds of each call in each round; the order rotates, and the warm-up rounds are left out.
 
     Example:
@@ -75,10 +80,10 @@ def measure(runs: dict[str, Callable[[], object]], rounds: int, warmup: int) -> 
     for number in range(warmup + rounds):
         at = number % len(names)
         for name in names[at:] + names[:at]:
-            begin = time.perf_counter()
+            begin = clock()
             runs[name]()
             if number >= warmup:
-                times[name].append(1e3 * (time.perf_counter() - begin))
+                times[name].append(1e3 * (clock() - begin))
     return times
 
 
@@ -116,7 +121,8 @@ def bench(shapes: list[tuple[int, ...]], names: Sequence[str], args: argparse.Na
         adamw.step()
 
     runs["clip+adamw"] = clip_and_step
-    times = measure(runs, args.rounds, args.warmup)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    times = measure(runs, args.rounds, args.warmup, clock)
     table = {}
     for name, values in times.items():
         against = TARGETS.get(name, ("adamw",))[0]
@@ -135,6 +141,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count the time of this process alone; on a busy machine, with --threads 1",
+    )
     parser.add_argument("--foreach", dest="fused", action="store_const", const=False, default=None)
     parser.add_argument("--output", type=Path, help="JSON file")
     args = parser.parse_args()
@@ -145,6 +156,7 @@ def main() -> None:
         "threads": args.threads,
         "dtype": args.dtype,
         "rounds": args.rounds,
+        "clock": "process" if args.cpu_time else "wall",
     }
     for shapes, column in (("gpt2", 1), ("lora", 2)):
         if args.shapes not in (shapes, "both"):

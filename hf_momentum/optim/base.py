@@ -595,7 +595,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
             return None
         found, counters = [], StepCounters()
         for bucket in self._layout.buckets:
-            group, grads = groups[bucket.index], [param.grad for param in bucket.holders]
+            group, grads = groups[bucket.index], [param.grad for param in bucket.holders if param.grad is not None]
             if group["fused"] is False or not cpu.takes(bucket.params, grads):
                 return None
             states = [self.state[param] for param in bucket.holders]
