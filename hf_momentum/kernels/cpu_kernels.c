@@ -165,16 +165,6 @@ INLINE void alignment(ARGUMENTS, const int kind, const int coupled) {
 RULE(alignment_rule) { BY_KIND_AND_DECAY(w, alignment) }
 int alignment_sums(const struct work *w) { return run(w, alignment_rule, 3); }
 
-/* |x|^2 of float32 tensors */
-RULE(norm_rule) {
-    const float *restrict x = w->first[t] + begin;
-    double xx = 0.0;
-    #pragma omp simd reduction(+ : xx)
-    for (i64 i = 0; i < count; i++) { double a = x[i]; xx += a * a; }
-    sums[0] = xx;
-}
-int squared_norms(const struct work *w) { return run(w, norm_rule, 1); }
-
 /* |g - g_prev|^2 and |x|^2, and g kept as g_prev. With second moments x is divided by sqrt(v) unbias + eps, and with
  * `divide_change` the difference too. */
 INLINE void change(ARGUMENTS, const int kind, const int kept, const int second, const int divide) {
