@@ -8,7 +8,7 @@ PIP    := DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-vers
 # Nothing here needs the network after installation; the Hub client must not wait for it.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-all matrix style format clean help
+.PHONY: quickstart test test-all matrix bench style format clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -38,6 +38,9 @@ test-all: $(VENV)/dev.stamp ## the test suite with the slow tests
 matrix: $(VENV)/dev.stamp ## every optimizer under every layout against one process (about ten minutes)
 	$(OFFLINE) $(BIN)/python -m pytest tests/test_matrix.py tests/test_sharding.py --write-support docs/support.json
 	$(BIN)/python scripts/support_table.py
+
+bench: $(VENV)/base.stamp ## time complete optimizer steps against torch's own on the CPU
+	$(BIN)/python scripts/bench_optimizers.py
 
 style: $(VENV)/dev.stamp ## check format, lint and types
 	$(BIN)/ruff format --check .

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_momentum.optim.base import Bucket
+from hf_momentum.optim.base import Step
 
 
 def adam_directions(
@@ -59,12 +59,58 @@ def adam_denominators(
     return denominators
 
 
-def last_adam_directions(bucket: Bucket) -> tuple[list[Tensor], list[Tensor]]:
-    """m / D and D = sqrt(v / (1 - beta2^t)) + eps as the last step left them, for a bucket with Adam's state.
+def adam_update_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    first_moments: list[Tensor],
+    second_moments: list[Tensor],
+    steps: Sequence[float],
+    beta1: Tensor | list[Tensor],
+    correction1: Tensor | list[Tensor],
+    *,
+    lr: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """w = (1 - lr wd) w - lr u, with the directions u of `adam_directions`; in place.
 
-    The last displacement is lr / c1 times the first.
+    Example:
+        >>> w, m, v = [torch.ones(1)], [torch.zeros(1)], [torch.zeros(1)]
+        >>> adam_update_(w, [torch.ones(1)], m, v, [1.0], torch.tensor(0.9), torch.tensor(0.1), lr=0.5, beta2=0.99,
+        ...              eps=0.0, weight_decay=0.0)
+        >>> w
+        [tensor([0.5000])]
     """
-    group = bucket.group
-    steps = [max(step, 1.0) for step in bucket.steps()]  # before the first step both moments are 0
-    denominators = adam_denominators(bucket.buffers("exp_avg_sq"), steps, beta2=group["beta2"], eps=group["eps"])
-    return list(torch._foreach_div(bucket.buffers("exp_avg"), denominators)), denominators
+    directions = adam_directions(grads, first_moments, second_moments, steps, beta1, correction1, beta2=beta2, eps=eps)
+    if weight_decay:
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+    torch._foreach_add_(params, directions, alpha=-lr)
+
+
+def adam_step(step: Step, betas: list[Tensor]) -> None:
+    """Update every bucket with this step's b1 of each group, and keep what the next step's displacement is scaled by.
+
+    Args:
+        step: the step; its groups have lr, beta2, eps and weight_decay.
+        betas: b1 of each group, 0-dim or one per tensor.
+    """
+    corrections = [vectors.advance_correction(beta) for vectors, beta in zip(step.vectors, betas, strict=True)]
+    for bucket in step.buckets:
+        group = bucket.group
+        bucket.apply(
+            adam_update_,
+            bucket.buffers("exp_avg"),
+            bucket.buffers("exp_avg_sq"),
+            bucket.count_steps(),
+            betas[bucket.index],
+            corrections[bucket.index],
+            lr=group["lr"],
+            beta2=group["beta2"],
+            eps=group["eps"],
+            weight_decay=bucket.decoupled_decay(),
+        )
+    for vectors, correction in zip(step.vectors, corrections, strict=True):
+        if "squared_displacement" not in vectors.group:
+            continue  # nobody measures
+        vectors.put("displacement_scale", vectors.group["lr"] / correction)

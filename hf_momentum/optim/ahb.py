@@ -12,9 +12,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from hf_momentum.optim.adam import adam_directions, last_adam_directions
+from hf_momentum.optim.adam import adam_step
 from hf_momentum.optim.arguments import check_bool, check_choice, check_real
-from hf_momentum.optim.base import Bucket, MomentumOptimizer, Step, mean_of
+from hf_momentum.optim.base import MomentumOptimizer, Step, mean_of
 from hf_momentum.optim.curvature import curvatures, observe
 
 Granularity = Literal["global", "tensor"]
@@ -98,21 +98,14 @@ def _observe(step: Step) -> None:
     """Take the differences of the gradients as they are now, unless `observe_gradients` did so before the clipping."""
     groups = step.groups
     if not groups[0].get("observed", False):
-        adam = "beta2" in groups[0]
         half = groups[0]["previous_grad_dtype"] == "bfloat16"
-        observe(step, _adam_displacements if adam else _sgd_displacements, half=half, unclipped=True)
+        observe(step, _displacement, half=half, unclipped=True)
     for group in groups:
         group["observed"] = False
 
 
-def _sgd_displacements(bucket: Bucket) -> tuple[list[Tensor], None]:
-    return bucket.buffers("displacement"), None
-
-
-def _adam_displacements(bucket: Bucket) -> tuple[list[Tensor], list[Tensor] | None]:
-    """m / D of the last step; D again for the preconditioned difference, so that both are divided by the same."""
-    directions, denominators = last_adam_directions(bucket)
-    return directions, denominators if bucket.group["difference"] == "preconditioned" else None
+def _displacement(group: Mapping[str, Any]) -> str:
+    return "exp_avg" if "beta2" in group else "displacement"
 
 
 def _observe_now(optimizer: MomentumOptimizer) -> None:
@@ -188,6 +181,8 @@ class AHBSGD(MomentumOptimizer):
         previous_grad_dtype: `"float32"` (default; float64 weights keep float64) or `"bfloat16"`, which halves that
             buffer.
         maximize: ascend instead of descend. Default False.
+        fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
+            the first step; True insists on them; False never uses them.
 
     State: `displacement` and `previous_grad` per parameter; in the groups `curvature`, `beta`, and one number per
     parameter for the squared norms of the last difference and displacement.
@@ -226,6 +221,7 @@ class AHBSGD(MomentumOptimizer):
         granularity: Granularity = "global",
         previous_grad_dtype: GradDtype = "float32",
         maximize: bool = False,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -236,6 +232,7 @@ class AHBSGD(MomentumOptimizer):
             "granularity": granularity,
             "previous_grad_dtype": previous_grad_dtype,
             "maximize": maximize,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
@@ -250,17 +247,13 @@ class AHBSGD(MomentumOptimizer):
         _observe(step)
         betas = _betas(step)
         for bucket in step.buckets:
-            group, w = bucket.group, bucket.weights()
-            wd = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
-            ahb_sgd_update_(
-                w,
-                bucket.decayed_gradients(),
+            bucket.apply(
+                ahb_sgd_update_,
                 bucket.buffers("displacement"),
-                bucket.scalars(betas[bucket.index]),
-                lr=group["lr"],
-                weight_decay=wd,
+                betas[bucket.index],
+                lr=bucket.group["lr"],
+                weight_decay=bucket.decoupled_decay(),
             )
-            bucket.store(w)
         for vectors in step.vectors:
             vectors.put("displacement_scale", torch.ones_like(vectors.get("displacement_scale")))
 
@@ -296,6 +289,8 @@ class AHBAdam(MomentumOptimizer):
         weight_decay: wd, >= 0. Default 0.
         decoupled_weight_decay: True (default), or False to add wd w to the gradient.
         maximize: ascend instead of descend. Default False.
+        fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
+            the first step; True insists on them; False never uses them.
 
     State: `exp_avg`, `exp_avg_sq`, `previous_grad` and `step` per parameter; in the groups `curvature`, `beta` and a
     few numbers per parameter.
@@ -331,6 +326,7 @@ class AHBAdam(MomentumOptimizer):
         granularity: Granularity = "global",
         previous_grad_dtype: GradDtype = "float32",
         maximize: bool = False,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -344,6 +340,7 @@ class AHBAdam(MomentumOptimizer):
             "granularity": granularity,
             "previous_grad_dtype": previous_grad_dtype,
             "maximize": maximize,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
@@ -377,6 +374,8 @@ class AHBAdamW(MomentumOptimizer):
         difference: `"plain"` (default, the paper's) or `"preconditioned"`; see `AHBAdam`.
         weight_decay: wd, >= 0. Default 1e-2, as in `torch.optim.AdamW`.
         maximize: ascend instead of descend. Default False.
+        fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
+            the first step; True insists on them; False never uses them.
 
     State, clipping, cost, caveats and errors: as `AHBAdam`.
 
@@ -406,6 +405,7 @@ class AHBAdamW(MomentumOptimizer):
         granularity: Granularity = "global",
         previous_grad_dtype: GradDtype = "float32",
         maximize: bool = False,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -419,6 +419,7 @@ class AHBAdamW(MomentumOptimizer):
             "granularity": granularity,
             "previous_grad_dtype": previous_grad_dtype,
             "maximize": maximize,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
@@ -449,23 +450,4 @@ def _check_ahb_adam(optimizer: MomentumOptimizer, group: Mapping[str, Any]) -> N
 
 def _ahb_adam_step(step: Step) -> None:
     _observe(step)
-    betas = _betas(step)
-    corrections = [vectors.advance_correction(beta) for vectors, beta in zip(step.vectors, betas, strict=True)]
-    for bucket in step.buckets:
-        group, w = bucket.group, bucket.weights()
-        directions = adam_directions(
-            bucket.decayed_gradients(),
-            bucket.buffers("exp_avg"),
-            bucket.buffers("exp_avg_sq"),
-            bucket.count_steps(),
-            bucket.scalars(betas[bucket.index]),
-            bucket.scalars(corrections[bucket.index]),
-            beta2=group["beta2"],
-            eps=group["eps"],
-        )
-        if group["weight_decay"] and group["decoupled_weight_decay"]:
-            torch._foreach_mul_(w, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(w, directions, alpha=-group["lr"])
-        bucket.store(w)
-    for vectors, correction in zip(step.vectors, corrections, strict=True):
-        vectors.put("displacement_scale", vectors.group["lr"] / correction)
+    adam_step(step, _betas(step))

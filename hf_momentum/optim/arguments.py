@@ -82,3 +82,16 @@ def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) ->
     if value not in choices:
         accepted = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{owner}: {name} must be one of {accepted}, got {value!r}")
+
+
+def check_fused(owner: str, value: Any) -> None:
+    """Raise unless `value` is None, True or False.
+
+    Example:
+        >>> check_fused("TAM", "yes")
+        Traceback (most recent call last):
+        ...
+        TypeError: TAM: fused must be None (kernels where they can be had), True or False, got 'yes'
+    """
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{owner}: fused must be None (kernels where they can be had), True or False, got {value!r}")

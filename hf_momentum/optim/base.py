@@ -5,9 +5,11 @@ bookkeeping around it: it hands a method a `Step`, whose buckets are lists of wh
 whose `totals` turn sums over pieces into sums over tensors.
 """
 
+import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hf_momentum.kernels import sum_dtype
+from hf_momentum.kernels import Gradients, alignment_sums, cpu, sum_dtype
+from hf_momentum.optim.arguments import check_fused
 from hf_momentum.sharding import (
     Holder,
     Layout,
@@ -27,7 +30,36 @@ from hf_momentum.sharding import (
     require_like,
 )
 
+_LOGGER = logging.getLogger("hf_momentum")
+
 _HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(eq=False)
+class _Known:
+    """What an optimizer derives from its parameters, and makes anew when they change.
+
+    Attributes:
+        ids: of the parameters, by which it knows that they are the same.
+        layout: how they lie.
+        active, buckets: which had a gradient in the last step and how that one was sorted; empty unless all of it
+            is whole tensors that kernels take.
+    """
+
+    ids: list[int]
+    layout: Layout
+    active: Sequence[Sequence[int]] = ()
+    buckets: "Sequence[Bucket]" = ()
+
+    def keep(self, active: Sequence[Sequence[int]], buckets: "Sequence[Bucket]") -> None:
+        """Keep the buckets of a step for the next one, without its gradients and its state."""
+        whole = all(bucket.fused and not any(isinstance(x, DTensor) for x in bucket.holders) for bucket in buckets)
+        self.active = active if whole else ()
+        self.buckets = [replace(bucket, raw_grads=[], states=[]) for bucket in buckets] if whole else ()
+
+
+_SAID: "weakref.WeakSet[MomentumOptimizer]" = weakref.WeakSet()
+"""The optimizers that have said which path they take."""
 
 # A bucket is closed once it holds this many elements, which bounds the temporaries of an update (256 MiB of
 # float32 each) unless one piece alone is larger.
@@ -101,7 +133,10 @@ class StepCounters:
         if id(state) not in self._advanced:
             self._advanced.add(id(state))
             self._values[id(state)] = self.read(state) + 1
-            state["step"] = state.get("step", torch.zeros(())) + 1
+            if "step" in state:
+                state["step"].add_(1)
+            else:
+                state["step"] = torch.ones(())
         return self._values[id(state)]
 
 
@@ -119,6 +154,7 @@ class Bucket:
         holders: the tensors that hold the pieces, whose shape the state has.
         states: the state dictionaries of the holders.
         counters: the `step` of each state, read and advanced once per step; shared by all buckets.
+        fused: whether kernels may take it; `apply` and the sums choose by it, and nothing else does.
     """
 
     group: dict[str, Any]
@@ -130,6 +166,7 @@ class Bucket:
     holders: list[Tensor]
     states: list[dict[str, Any]]
     counters: StepCounters
+    fused: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -144,6 +181,78 @@ class Bucket:
     def elements(self) -> int:
         """The number of elements of all its pieces."""
         return sum(param.numel() for param in self.params)
+
+    def apply(self, update: Callable[..., None], *arguments: Any, gradients: bool = True, **numbers: Any) -> None:
+        """Update the weights by a pure function on lists, or by the kernel of the same name where the bucket is fused.
+
+        Args:
+            update: takes weights, gradients, `arguments` and `numbers`, and works in place.
+            arguments: lists of state tensors; vectors, 0-dim or one entry per tensor of the group; anything else as
+                it is.
+            gradients: False for an update that takes none.
+            numbers: hyperparameters.
+
+        Raises:
+            RuntimeError: the group insists on kernels, and a state tensor is of another dtype or layout than they take.
+        """
+        kernel = self._kernel(update, arguments)
+        if kernel is not None:
+            chosen = [self._chosen(x) if isinstance(x, Tensor) else x for x in arguments]
+            kernel(self.params, *[self._unformed()] * gradients, *chosen, **numbers)
+            return
+        weights = self.weights()
+        chosen = [self.scalars(x) if isinstance(x, Tensor) else x for x in arguments]
+        update(weights, *[self.decayed_gradients()] * gradients, *chosen, **numbers)
+        self.store(weights)
+
+    def advance(self, function: Callable[..., Tensor], *arguments: Any, decayed: bool = True, **numbers: Any) -> Tensor:
+        """Advance state tensors by the gradients, and return sums: by a pure function or its kernel, as `apply`.
+
+        Args:
+            function: takes gradients, `arguments` and `numbers`; returns `[pieces, ...]`.
+            arguments: lists of state tensors, and anything else as it is.
+            decayed: whether coupled weight decay enters the gradients.
+            numbers: hyperparameters.
+        """
+        kernel = self._kernel(function, arguments)
+        if kernel is not None:
+            unformed = self._unformed()
+            found: Tensor = kernel(unformed if decayed else replace(unformed, decay=0.0), *arguments, **numbers)
+            return found
+        return function(self.decayed_gradients() if decayed else self.gradients(), *arguments, **numbers)
+
+    def alignment_sums(self, xs: list[Tensor]) -> Tensor:
+        """`<x, g>, <x, x>, <g, g>` of each piece and its gradient with coupled decay, `[pieces, 3]`."""
+        kernel = self._kernel(alignment_sums, [xs])
+        if kernel is None:
+            return alignment_sums(xs, self.decayed_gradients())
+        sums: Tensor = kernel(self._unformed(), xs)
+        return sums
+
+    def _kernel(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any] | None:
+        """The kernel that stands in for a function on lists, if this bucket and this state can have it."""
+        if not self.fused:
+            return None
+        lists = [x for x in arguments if isinstance(x, list) and x and isinstance(x[0], Tensor)]
+        kernel = cpu.kernel(function.__name__, lists)
+        if kernel is not None:
+            return kernel
+        if self.group["fused"]:
+            raise RuntimeError(
+                f"fused=True, but there is no kernel {function.__name__} for the state of group {self.index}; kernels "
+                "take contiguous float32 on the CPU. Let fused be None, or load a state that this package saved"
+            )
+        return None
+
+    def _unformed(self) -> Gradients:
+        """What `decayed_gradients()` forms, for kernels that form it on the way."""
+        coupled = self.group["weight_decay"] - self.decoupled_decay()
+        return Gradients(self.raw_grads, self.params, -1.0 if self.group["maximize"] else 1.0, coupled)
+
+    def _chosen(self, values: Tensor) -> Tensor:
+        """`values`, 0-dim or one per tensor of the group, with one entry per piece in float64."""
+        values = values.double()
+        return values if values.dim() == 0 else values[[piece.position for piece in self.pieces]]
 
     def scalars(self, values: Tensor) -> Tensor | list[Tensor]:
         """`values`, 0-dim or one per tensor of the group, as `_foreach` functions take them for this bucket."""
@@ -182,9 +291,14 @@ class Bucket:
     def decayed_gradients(self) -> list[Tensor]:
         """`gradients()` plus wd w where the weight decay is coupled; `p.grad` is left alone."""
         wd = self.group["weight_decay"]
-        if not wd or self.group["decoupled_weight_decay"]:
+        if not wd or self.group.get("decoupled_weight_decay", True):
             return self.gradients()
         return list(torch._foreach_add(self.gradients(), self.weights(), alpha=wd))
+
+    def decoupled_decay(self) -> float:
+        """The weight decay that shrinks the weights; 0 where it enters the gradient instead."""
+        decay: float = self.group["weight_decay"] if self.group.get("decoupled_weight_decay", True) else 0.0
+        return decay
 
     def weights(self) -> list[Tensor]:
         """The parameters in the compute dtype: themselves, or float32 copies to be written back by `store`."""
@@ -283,12 +397,21 @@ class Step:
             For each group a `[tensors, width]` table, the same on every process; zeros for tensors without a gradient.
         """
         first = [sum(self.layout.counts[:number]) for number in range(len(self.layout.counts))]
-        lines = list(torch.zeros(sum(self.layout.counts), width, dtype=sum_dtype(self.device), device=self.device))
+        empty = torch.zeros(sum(self.layout.counts), width, dtype=sum_dtype(self.device), device=self.device)
+        if self.device.type == "cpu":  # where an index is no transfer
+            for bucket, sums in zip(self.buckets, rows, strict=True):
+                at = torch.tensor([first[piece.group] + piece.position for piece in bucket.pieces])
+                empty.index_copy_(0, at, sums.to(self.device))
+            return self._by_group(self.layout.totals(empty))
+        lines = list(empty)
         for bucket, sums in zip(self.buckets, rows, strict=True):
             for piece, line in zip(bucket.pieces, sums.to(self.device).unbind(), strict=True):
                 lines[first[piece.group] + piece.position] = line
-        table = self.layout.totals(torch.stack(lines))
-        return [table[first[number] : first[number] + self.layout.counts[number]] for number in self.numbers]
+        return self._by_group(self.layout.totals(torch.stack(lines)))
+
+    def _by_group(self, table: Tensor) -> list[Tensor]:
+        parts = table.split(list(self.layout.counts))
+        return [parts[number] for number in self.numbers]
 
 
 class MomentumOptimizer(torch.optim.Optimizer):
@@ -307,13 +430,13 @@ class MomentumOptimizer(torch.optim.Optimizer):
     wrapper: Any = None
     """DeepSpeed's optimizer around this one, which clips before it calls `step`; None elsewhere."""
 
-    _layout: tuple[list[int], Layout] | None = None
+    _layout: "_Known | None" = None
     _zero: ZeroPartitions | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         # Weak, because FSDP2 must be able to free the tensors that it replaces.
         self._given: list[list[weakref.ref[Tensor]]] = []
-        super().__init__(params, {"algorithm": type(self).__name__, **defaults})
+        super().__init__(params, {"algorithm": type(self).__name__, "fused": None, **defaults})
 
     def _check(self, group: Mapping[str, Any]) -> None:
         raise NotImplementedError
@@ -327,7 +450,9 @@ class MomentumOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: a hyperparameter of the group is of the wrong type or out of range.
         """
-        self._check({**self.defaults, **param_group})
+        given = {**self.defaults, **param_group}
+        check_fused(type(self).__name__, given["fused"])
+        self._check(given)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["index"] = len(self.param_groups) - 1  # DeepSpeed shows groups one at a time
@@ -382,14 +507,14 @@ class MomentumOptimizer(torch.optim.Optimizer):
             return self._zero.layout
         # Rebuilt when a wrapper has replaced the parameters, or a group was added.
         ids = [id(param) for group in self.param_groups for param in group["params"]]
-        if self._layout is None or self._layout[0] != ids:
+        if self._layout is None or self._layout.ids != ids:
             if is_marked(self._given):
                 self._zero = ZeroPartitions(self._given)
                 return self._zero.layout
             given = [reference() for group in self._given for reference in group]
             known = {id(param) for param in given}
-            self._layout = ids, lay_out(self.param_groups, lambda param: id(param) in known)
-        return self._layout[1]
+            self._layout = _Known(ids, lay_out(self.param_groups, lambda param: id(param) in known))
+        return self._layout.layout
 
     def tensors(self) -> list[list[Tensor]]:
         """The parameters of each group as the model holds them, also where a wrapper keeps others in the groups."""
@@ -441,21 +566,50 @@ class MomentumOptimizer(torch.optim.Optimizer):
             active = [partitions.active[number] for number in numbers]
         else:
             groups, numbers, holders, active = self.param_groups, list(range(len(self.param_groups))), [], []
-            for number, group in enumerate(groups):
-                with_grad = [i for i, param in enumerate(group["params"]) if param.grad is not None]
-                active.append(tuple(with_grad))
-                for i in with_grad:
-                    param = group["params"][i]
+            for group in groups:
+                active.append(tuple(i for i, param in enumerate(group["params"]) if param.grad is not None))
+            again = self._same_buckets(groups, active)
+            if again is not None:
+                vectors = self._vectors(layout, groups, numbers, active, again[0].device)
+                buckets = [replace(bucket, vectors=vectors[bucket.index]) for bucket in again]
+                return Step(groups, vectors, buckets, numbers, layout, self._clipping), holders
+            for number, positions in enumerate(active):
+                for i in positions:
+                    param = groups[number]["params"][i]
                     holders.append(Holder(param, param.grad, (Piece(number, i, start=None, numel=param.numel()),)))
         if not holders:
             return None
-        device = holders[0].tensor.device
-        vectors = [
+        vectors = self._vectors(layout, groups, numbers, active, holders[0].tensor.device)
+        buckets = self._buckets(groups, numbers, vectors, holders)
+        if self._layout is not None:
+            self._layout.keep(active, buckets)
+        return Step(groups, vectors, buckets, numbers, layout, self._clipping), holders
+
+    @staticmethod
+    def _vectors(
+        layout: Layout,
+        groups: list[dict[str, Any]],
+        numbers: list[int],
+        active: Sequence[Sequence[int]],
+        device: torch.device,
+    ) -> list[GroupVectors]:
+        return [
             GroupVectors(group, layout.counts[number], positions, device)
             for group, number, positions in zip(groups, numbers, active, strict=True)
         ]
-        buckets = self._buckets(groups, numbers, vectors, holders)
-        return Step(groups, vectors, buckets, numbers, layout, self._clipping), holders
+
+    def _same_buckets(self, groups: list[dict[str, Any]], active: Sequence[Sequence[int]]) -> list[Bucket] | None:
+        """The last step's buckets with the gradients of this one, if they still fit; sorting 400 tensors takes long."""
+        if self._layout is None or self._layout.active != active:
+            return None
+        found, counters = [], StepCounters()
+        for bucket in self._layout.buckets:
+            group, grads = groups[bucket.index], [param.grad for param in bucket.holders if param.grad is not None]
+            if group["fused"] is False or not cpu.takes(bucket.params, grads):
+                return None
+            states = [self.state[param] for param in bucket.holders]
+            found.append(replace(bucket, group=group, raw_grads=grads, states=states, counters=counters))
+        return found or None
 
     def _buckets(
         self,
@@ -465,8 +619,10 @@ class MomentumOptimizer(torch.optim.Optimizer):
         holders: list[Holder],
     ) -> list[Bucket]:
         buckets: list[Bucket] = []
-        open_buckets: dict[tuple[int, torch.device, torch.dtype], Bucket] = {}
+        open_buckets: dict[tuple[int, torch.device, torch.dtype, bool], Bucket] = {}
         counters = StepCounters()
+        unfused: Counter[str] = Counter()
+        elements: dict[tuple[int, torch.device, torch.dtype, bool], int] = {}
         for holder in holders:
             require_like(holder.tensor, holder.grad)
             for piece in holder.pieces:
@@ -476,19 +632,47 @@ class MomentumOptimizer(torch.optim.Optimizer):
                         f"{piece.group}, shape {tuple(holder.tensor.shape)}); build the embedding with sparse=False"
                     )
                 param, grad = piece.of(holder.tensor), piece.of(holder.grad)
-                key = (piece.group, param.device, param.dtype)
+                index = numbers.index(piece.group)
+                obstacle = self._obstacle(groups[index], piece, param, grad)
+                if obstacle:
+                    unfused[obstacle] += 1
+                key = (piece.group, param.device, param.dtype, not obstacle)
                 bucket = open_buckets.get(key)
-                if bucket is None or bucket.elements() + param.numel() > _BUCKET_ELEMENTS:
-                    index = numbers.index(piece.group)
-                    bucket = Bucket(groups[index], vectors[index], index, [], [], [], [], [], counters)
-                    open_buckets[key] = bucket
+                if bucket is None or elements[key] + param.numel() > _BUCKET_ELEMENTS:
+                    vector = vectors[index]
+                    bucket = Bucket(groups[index], vector, index, [], [], [], [], [], counters, fused=not obstacle)
+                    open_buckets[key], elements[key] = bucket, 0
                     buckets.append(bucket)
+                elements[key] += param.numel()
                 bucket.pieces.append(piece)
                 bucket.params.append(param)
                 bucket.raw_grads.append(grad)
                 bucket.holders.append(holder.tensor)
                 bucket.states.append(self.state[holder.tensor])
+        self._say_which_path(sum(len(bucket.pieces) for bucket in buckets), unfused)
         return buckets
+
+    def _obstacle(self, group: dict[str, Any], piece: Piece, param: Tensor, grad: Tensor) -> str:
+        """Why the kernels do not take a piece; empty where they do."""
+        if group["fused"] is False:
+            return "fused=False"
+        obstacle = cpu.obstacle(param, grad) or cpu.available()[1]
+        if obstacle and group["fused"]:
+            raise RuntimeError(
+                f"{type(self).__name__}: fused=True, but there are no kernels for parameter {piece.position} of group "
+                f"{piece.group}: {obstacle}; let fused be None to have them wherever they can be had"
+            )
+        return obstacle
+
+    def _say_which_path(self, count: int, unfused: Counter[str]) -> None:
+        """One line in the log at the first step."""
+        if self in _SAID:
+            return
+        _SAID.add(self)
+        fused = count - unfused.total()
+        parts = [f"CPU kernels for {fused} of {count} tensors or pieces"] if fused else []
+        parts += [f"foreach for {number} ({reason})" for reason, number in unfused.items()]
+        _LOGGER.info("%s: %s", type(self).__name__, "; ".join(parts))
 
     def _clipping(self) -> Tensor | float:
         if self._zero is None:
@@ -602,5 +786,6 @@ class MomentumOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         for index, group in enumerate(self.param_groups):
             group.setdefault("index", index)
+            group.setdefault("fused", None)  # checkpoints from before there were kernels
         if "_given" not in self.__dict__:  # a copy made by copy.deepcopy or pickle holds its own parameters
             self._given = [[weakref.ref(param) for param in group["params"]] for group in self.param_groups]

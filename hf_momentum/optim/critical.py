@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from hf_momentum.kernels import sum_dtype
-from hf_momentum.optim.adam import adam_directions, last_adam_directions
+from hf_momentum.optim.adam import adam_step
 from hf_momentum.optim.arguments import check_bool, check_choice, check_real
-from hf_momentum.optim.base import Bucket, MomentumOptimizer, Step, mean_of
-from hf_momentum.optim.curvature import Displacements, curvatures, observe
+from hf_momentum.optim.base import MomentumOptimizer, Step, mean_of
+from hf_momentum.optim.curvature import curvatures, observe
 from hf_momentum.optim.momentum_laws import CRITICAL, FORMULAS, HIGH, LOW
 
 SGDLaw = Literal["critical", "critical_exact", "critical_nesterov"]
@@ -36,11 +36,11 @@ def critical_momentum(law: str, curvature: Tensor, lr: float, low: float, high: 
     return torch.where(curvature.isnan(), torch.full_like(mu, low), mu)
 
 
-def _momenta(step: Step, displacements: Displacements) -> list[Tensor]:
+def _momenta(step: Step) -> list[Tensor]:
     """This step's mu for each group; `mu` and `damping_ratio` are kept in the groups for logs."""
     measured = step.groups[0]["curvature"] == "measured"
     if measured:
-        observe(step, displacements)
+        observe(step, _displacement)
         found = curvatures(step, "global", name="measured_curvature")
     momenta = []
     for index, group in enumerate(step.groups):
@@ -86,6 +86,42 @@ def _check_critical(optimizer: MomentumOptimizer, group: Mapping[str, Any], laws
             raise ValueError(f"{owner}: curvature must be measured in all groups or in none")
 
 
+def critical_sgd_update_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    mu: Tensor | list[Tensor],
+    kept: list[Tensor] | None,
+    *,
+    lr: float,
+    weight_decay: float,
+    nesterov: bool,
+) -> None:
+    """One step of heavy ball, or with `nesterov` of Nesterov's form, on tensors of one dtype and device.
+
+    `mu` is one for all or one per tensor; `kept`, if given, receives Nesterov's directions.
+
+    Example:
+        >>> w, m = [torch.ones(1)], [torch.ones(1)]
+        >>> critical_sgd_update_(w, [torch.ones(1)], m, torch.tensor(0.5), None, lr=0.1, weight_decay=0.0,
+        ...                      nesterov=False)
+        >>> w[0], m[0]
+        (tensor([0.8500]), tensor([1.5000]))
+    """
+    # m = mu m + g
+    torch._foreach_mul_(momenta, mu)
+    torch._foreach_add_(momenta, grads)
+    directions = momenta
+    if nesterov:
+        directions = list(torch._foreach_add(grads, torch._foreach_mul(momenta, mu)))
+        if kept is not None:
+            torch._foreach_copy_(kept, directions)
+    # w = (1 - lr wd) w - lr u
+    if weight_decay:
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+    torch._foreach_add_(params, directions, alpha=-lr)
+
+
 # ---- the optimizers -------------------------------------------------------------------------------------------------
 
 
@@ -113,6 +149,8 @@ class CriticalSGD(MomentumOptimizer):
         weight_decay: wd, >= 0. Default 0.
         decoupled_weight_decay: True (default), or False to add wd w to the gradient as torch's SGD does.
         maximize: ascend instead of descend. Default False.
+        fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
+            the first step; True insists on them; False never uses them.
 
     State: `momentum_buffer` per parameter, with a measured curvature also `previous_grad` (and with critical_nesterov
     `direction`); in the groups `mu`, `damping_ratio` = (1 - mu) / (2 sqrt(lr L)) and what the measurement needs.
@@ -147,6 +185,7 @@ class CriticalSGD(MomentumOptimizer):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -157,6 +196,7 @@ class CriticalSGD(MomentumOptimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
@@ -164,21 +204,21 @@ class CriticalSGD(MomentumOptimizer):
         _check_critical(self, group, tuple(CRITICAL))
 
     def _update(self, step: Step) -> None:
-        momenta = _momenta(step, _sgd_displacements)
+        momenta = _momenta(step)
         for bucket in step.buckets:
-            group, w = bucket.group, bucket.weights()
-            grads = bucket.decayed_gradients()
-            m = bucket.buffers("momentum_buffer")
-            scale = bucket.scalars(momenta[bucket.index])
-            # m = mu m + g
-            torch._foreach_mul_(m, scale)
-            torch._foreach_add_(m, grads)
-            direction = m
-            if group["law"] == "critical_nesterov":
-                direction = list(torch._foreach_add(grads, torch._foreach_mul(m, scale)))
-                if group["curvature"] == "measured":  # g is gone by the next step, so m does not say where this one led
-                    torch._foreach_copy_(bucket.buffers("direction"), direction)
-            _apply(bucket, w, direction)
+            group = bucket.group
+            nesterov = group["law"] == "critical_nesterov"
+            # g is gone by the next step, so m does not say where Nesterov's form led.
+            keep = nesterov and group["curvature"] == "measured"
+            bucket.apply(
+                critical_sgd_update_,
+                bucket.buffers("momentum_buffer"),
+                momenta[bucket.index],
+                bucket.buffers("direction") if keep else None,
+                lr=group["lr"],
+                weight_decay=bucket.decoupled_decay(),
+                nesterov=nesterov,
+            )
         for vectors in step.vectors if step.groups[0]["curvature"] == "measured" else ():
             scale = vectors.get("displacement_scale")
             vectors.put("displacement_scale", torch.full_like(scale, vectors.group["lr"]))
@@ -209,6 +249,8 @@ class CriticalAdamW(MomentumOptimizer):
         low, high: bounds of b1, 0 <= low <= high < 1. Default 0 and 0.99 (ours).
         weight_decay: wd, >= 0, decoupled. Default 1e-2, as in `torch.optim.AdamW`.
         maximize: ascend instead of descend. Default False.
+        fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
+            the first step; True insists on them; False never uses them.
 
     State: `exp_avg`, `exp_avg_sq` and `step` per parameter, with a measured curvature also `previous_grad`; in the
     groups `mu` (b1), `damping_ratio` and one number per parameter for the bias correction.
@@ -241,6 +283,7 @@ class CriticalAdamW(MomentumOptimizer):
         high: float = HIGH,
         weight_decay: float = 1e-2,
         maximize: bool = False,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -253,6 +296,7 @@ class CriticalAdamW(MomentumOptimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": True,
             "maximize": maximize,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
@@ -264,42 +308,14 @@ class CriticalAdamW(MomentumOptimizer):
         _check_critical(self, group, ("critical", "critical_exact"))
 
     def _update(self, step: Step) -> None:
-        momenta = _momenta(step, _adam_displacements)
-        corrections = [vectors.advance_correction(mu) for vectors, mu in zip(step.vectors, momenta, strict=True)]
-        for bucket in step.buckets:
-            directions = adam_directions(
-                bucket.gradients(),
-                bucket.buffers("exp_avg"),
-                bucket.buffers("exp_avg_sq"),
-                bucket.count_steps(),
-                bucket.scalars(momenta[bucket.index]),
-                bucket.scalars(corrections[bucket.index]),
-                beta2=bucket.group["beta2"],
-                eps=bucket.group["eps"],
-            )
-            _apply(bucket, bucket.weights(), directions)
-        if step.groups[0]["curvature"] == "measured":
-            for vectors, correction in zip(step.vectors, corrections, strict=True):
-                vectors.put("displacement_scale", vectors.group["lr"] / correction)
+        adam_step(step, _momenta(step))
 
     def dynamics(self) -> dict[str, Tensor]:
         """`mu` (b1), `damping_ratio`, `effective_lr` of the last step, and `measured_curvature` where measured."""
         return _dynamics(self.param_groups)
 
 
-def _sgd_displacements(bucket: Bucket) -> tuple[list[Tensor], None]:
-    nesterov = bucket.group["law"] == "critical_nesterov"
-    return bucket.buffers("direction" if nesterov else "momentum_buffer"), None
-
-
-def _adam_displacements(bucket: Bucket) -> tuple[list[Tensor], None]:
-    return last_adam_directions(bucket)[0], None
-
-
-def _apply(bucket: Bucket, weights: list[Tensor], directions: list[Tensor]) -> None:
-    """w = (1 - lr wd) w - lr u."""
-    group = bucket.group
-    if group["weight_decay"] and group["decoupled_weight_decay"]:
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-    torch._foreach_add_(weights, directions, alpha=-group["lr"])
-    bucket.store(weights)
+def _displacement(group: Mapping[str, Any]) -> str:
+    if "beta2" in group:
+        return "exp_avg"
+    return "direction" if group["law"] == "critical_nesterov" else "momentum_buffer"

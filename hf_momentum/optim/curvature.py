@@ -5,37 +5,35 @@ it, together with the norm of the difference, so that one sum over processes ser
 in a step take no part in that step's l.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_momentum.kernels import squared_norms
+from hf_momentum.optim.adam import adam_denominators
 from hf_momentum.optim.base import Bucket, Step
 
-Displacements = Callable[[Bucket], tuple[list[Tensor], list[Tensor] | None]]
-"""For a bucket: the last displacements up to a factor per tensor, and what divides a difference (None: nothing)."""
 
-
-def observe(step: Step, displacements: Displacements, *, half: bool = False, unclipped: bool = False) -> None:
+def observe(
+    step: Step, displacement: Callable[[Mapping[str, Any]], str], *, half: bool = False, unclipped: bool = False
+) -> None:
     """Take in this step's gradients: `squared_difference` and `squared_displacement` of each tensor, in the groups.
 
-    A group's vector `displacement_scale` holds the factors that `displacements` leaves out; 0 means that there has been
-    no displacement yet. Tensors that are seen for the first time have no difference.
+    A group's vector `displacement_scale` holds the factors that the buffers leave out; 0 means that there has been no
+    displacement yet. Tensors that are seen for the first time have no difference.
 
     Args:
         step: the step, with gradients that nobody has clipped yet if possible.
-        displacements: see `Displacements`.
+        displacement: for a group the name of the buffer that holds the last displacement up to a factor per tensor;
+            with `"exp_avg"` it is that divided by Adam's denominators, by which `difference="preconditioned"` divides
+            the differences too.
         half: keep the previous gradient in bfloat16 instead of the bucket's compute dtype.
         unclipped: undo a wrapper's clipping, where one clips before the optimizer is called.
     """
     factor = step.clipping() if unclipped else 1.0
-    rows = []
-    for bucket in step.buckets:
-        directions, denominators = displacements(bucket)
-        rows.append(
-            torch.stack([_squared_differences(bucket, denominators, half, factor), squared_norms(directions)], 1)
-        )
+    rows = [_squared_changes(bucket, displacement(bucket.group), half, factor) for bucket in step.buckets]
     for vectors, table in zip(step.vectors, step.totals(rows, width=2), strict=True):
         vectors.put("squared_difference", table[:, 0])
         scale = vectors.get("displacement_scale")
@@ -43,24 +41,68 @@ def observe(step: Step, displacements: Displacements, *, half: bool = False, unc
         vectors.put("squared_displacement", squared)
 
 
-def _squared_differences(
-    bucket: Bucket, denominators: list[Tensor] | None, half: bool, factor: Tensor | float
+def _squared_changes(bucket: Bucket, displacement: str, half: bool, factor: Tensor | float) -> Tensor:
+    group, adam = bucket.group, displacement == "exp_avg"
+    new = ["previous_grad" not in state for state in bucket.states]
+    return bucket.advance(
+        squared_changes_,
+        bucket.buffers("previous_grad", torch.bfloat16 if half else None),
+        bucket.buffers(displacement),
+        bucket.buffers("exp_avg_sq") if adam else None,
+        [max(step, 1.0) for step in bucket.steps()] if adam else None,  # before the first step both moments are 0
+        new,
+        factor,
+        decayed=False,
+        beta2=group["beta2"] if adam else 0.0,
+        eps=group["eps"] if adam else 0.0,
+        preconditioned=group.get("difference") == "preconditioned",
+    )
+
+
+def squared_changes_(
+    grads: list[Tensor],
+    previous: list[Tensor],
+    displacements: list[Tensor],
+    second_moments: list[Tensor] | None,
+    steps: Sequence[float] | None,
+    new: Sequence[bool],
+    factor: Tensor | float,
+    *,
+    beta2: float,
+    eps: float,
+    preconditioned: bool,
 ) -> Tensor:
-    """|g - g_prev|^2 of each piece, and g kept for the next step."""
-    grads = bucket.gradients()
+    """|g - g_prev|^2 and the last displacement's squared norm of each piece, `[pieces, 2]`; g is kept.
+
+    Args:
+        grads, previous: this step's gradients and the last step's, which are overwritten.
+        displacements: the last displacements up to a factor per tensor.
+        second_moments, steps: Adam's v and t, by whose denominators the displacements are still to be divided; or None.
+        new: which pieces are seen for the first time and have no difference.
+        factor: what the gradients are multiplied by first.
+        beta2, eps: Adam's.
+        preconditioned: divide the differences by the same denominators.
+
+    Example:
+        >>> old = [torch.tensor([1.0])]
+        >>> squared_changes_([torch.tensor([3.0])], old, [torch.tensor([0.5])], None, None, [False], 1.0, beta2=0.0,
+        ...                  eps=0.0, preconditioned=False), old
+        (tensor([[4.0000, 0.2500]], dtype=torch.float64), [tensor([3.])])
+    """
     if isinstance(factor, Tensor):
         grads = list(torch._foreach_mul(grads, factor.to(grads[0])))
-    new = ["previous_grad" not in state for state in bucket.states]
-    previous = bucket.buffers("previous_grad", torch.bfloat16 if half else None)
     differences = torch._foreach_sub(grads, [old.to(grad.dtype) for old, grad in zip(previous, grads, strict=True)])
-    if denominators is not None:
-        torch._foreach_div_(differences, denominators)
+    if second_moments is not None and steps is not None:
+        denominators = adam_denominators(second_moments, steps, beta2=beta2, eps=eps)
+        displacements = list(torch._foreach_div(displacements, denominators))
+        if preconditioned:
+            torch._foreach_div_(differences, denominators)
     for difference, first in zip(differences, new, strict=True):
         if first:
             difference.zero_()  # seen for the first time: no difference, whatever its denominator
     for old, grad in zip(previous, grads, strict=True):
         old.copy_(grad)
-    return squared_norms(differences)
+    return torch.stack([squared_norms(differences), squared_norms(displacements)], 1)
 
 
 def curvatures(step: Step, granularity: str, name: str = "curvature") -> list[Tensor]:

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_momentum.kernels import alignment_sums
 from hf_momentum.optim.arguments import check_betas, check_bool, check_choice, check_real
 from hf_momentum.optim.base import GroupVectors, MomentumOptimizer, Step, mean_of
 
@@ -147,13 +146,13 @@ def adatam_update_(
 # ---- what the classes share: S, s and d of one step ---------------------------------------------------------
 
 
-def damped_scales(step: Step, momenta: list[list[Tensor]], eps: str) -> list[Tensor | list[Tensor]]:
-    """Advance `cosine` (S) and `smoothed_cosine` (s) in the groups; return eps + d for each bucket.
+def damped_scales(step: Step, momenta: list[list[Tensor]], eps: str) -> list[Tensor]:
+    """Advance `cosine` (S) and `smoothed_cosine` (s) in the groups; return eps + d for each bucket's group.
 
     With `granularity="global"` one S over everything is shared by all groups; with `"tensor"` each group holds a
     vector with one entry per tensor. `eps` names the hyperparameter to add.
     """
-    sums = [alignment_sums(m, bucket.decayed_gradients()) for m, bucket in zip(momenta, step.buckets, strict=True)]
+    sums = [bucket.alignment_sums(m) for m, bucket in zip(momenta, step.buckets, strict=True)]
     tables = step.totals(sums, width=3)
     for vectors, table in zip(step.vectors, tables, strict=True):
         vectors.put("tensor_cosine", cosine(table))  # for logs: which tensors agree with their momentum
@@ -161,11 +160,11 @@ def damped_scales(step: Step, momenta: list[list[Tensor]], eps: str) -> list[Ten
         smoothings = _advance_global(step.groups, torch.cat(tables).sum(0))
     else:
         smoothings = [_advance_tensors(vectors) for vectors in step.vectors]
-    scales: list[Tensor | list[Tensor]] = []
+    scales = []
     for bucket in step.buckets:
         s, fixed = smoothings[bucket.index], bucket.group["fixed_damping"]
         d = damping(s) if fixed is None else torch.full_like(s, fixed)
-        scales.append(bucket.scalars(bucket.group[eps] + d))
+        scales.append(bucket.group[eps] + d)
     return scales
 
 
@@ -268,6 +267,8 @@ class TAM(MomentumOptimizer):
         fixed_damping: a constant in [0, 1] in place of d; None (default) is the method. 0.5 is the control for any
             comparison: if TAM does not beat it, its angle did nothing. 1 is SGD with momentum.
         maximize: ascend instead of descend. Default False.
+        fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
+            the first step; True insists on them; False never uses them.
 
     State: `momentum_buffer` per parameter (float32 for half-precision weights); `cosine` (S) and `smoothed_cosine`
     (s) in the groups: 0-dim if global, else one entry per parameter.
@@ -310,6 +311,7 @@ class TAM(MomentumOptimizer):
         granularity: Granularity = "global",
         fixed_damping: float | None = None,
         maximize: bool = False,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -321,6 +323,7 @@ class TAM(MomentumOptimizer):
             "granularity": granularity,
             "fixed_damping": fixed_damping,
             "maximize": maximize,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
@@ -333,10 +336,8 @@ class TAM(MomentumOptimizer):
         momenta = [bucket.buffers("momentum_buffer") for bucket in step.buckets]
         scales = damped_scales(step, momenta, "eps")
         for bucket, m, scale in zip(step.buckets, momenta, scales, strict=True):
-            group, grads, w = bucket.group, bucket.decayed_gradients(), bucket.weights()
-            wd = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
-            tam_update_(w, grads, m, scale, lr=group["lr"], momentum=group["momentum"], weight_decay=wd)
-            bucket.store(w)
+            group, wd = bucket.group, bucket.decoupled_decay()
+            bucket.apply(tam_update_, m, scale, lr=group["lr"], momentum=group["momentum"], weight_decay=wd)
 
     def dynamics(self) -> dict[str, Tensor]:
         """`cosine` (S), `damping` (d) and `effective_lr` after the last step."""
@@ -373,6 +374,8 @@ class AdaTAM(MomentumOptimizer):
         fixed_damping: a constant in [0, 1] in place of d (the control); None (default) is the method. With 1,
             `ema` and `bias_correction` it is Adam.
         maximize: ascend instead of descend. Default False.
+        fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
+            the first step; True insists on them; False never uses them.
 
     State: `exp_avg` and `exp_avg_sq` per parameter (float32 for half-precision weights), `step` with bias
     correction; `cosine` (S) and `smoothed_cosine` (s) in the groups.
@@ -410,6 +413,7 @@ class AdaTAM(MomentumOptimizer):
         granularity: Granularity = "global",
         fixed_damping: float | None = None,
         maximize: bool = False,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -424,6 +428,7 @@ class AdaTAM(MomentumOptimizer):
             "granularity": granularity,
             "fixed_damping": fixed_damping,
             "maximize": maximize,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
@@ -462,6 +467,8 @@ class AdaTAMW(MomentumOptimizer):
         fixed_damping: a constant in [0, 1] in place of d (the control); None (default) is the method. With 1,
             `ema` and `bias_correction` it is AdamW.
         maximize: ascend instead of descend. Default False.
+        fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
+            the first step; True insists on them; False never uses them.
 
     State, cost and errors: as `AdaTAM`.
 
@@ -492,6 +499,7 @@ class AdaTAMW(MomentumOptimizer):
         granularity: Granularity = "global",
         fixed_damping: float | None = None,
         maximize: bool = False,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -506,6 +514,7 @@ class AdaTAMW(MomentumOptimizer):
             "granularity": granularity,
             "fixed_damping": fixed_damping,
             "maximize": maximize,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
@@ -537,10 +546,9 @@ def adatam_step(step: Step) -> None:
     moments = [bucket.buffers("exp_avg") for bucket in step.buckets]
     scales = damped_scales(step, moments, "torque_eps")
     for bucket, m, scale in zip(step.buckets, moments, scales, strict=True):
-        group, w = bucket.group, bucket.weights()
-        adatam_update_(
-            w,
-            bucket.decayed_gradients(),
+        group = bucket.group
+        bucket.apply(
+            adatam_update_,
             m,
             bucket.buffers("exp_avg_sq"),
             scale,
@@ -549,6 +557,5 @@ def adatam_step(step: Step) -> None:
             betas=group["betas"],
             eps=group["eps"],
             ema=group["ema"],
-            weight_decay=group["weight_decay"] if group["decoupled_weight_decay"] else 0.0,
+            weight_decay=bucket.decoupled_decay(),
         )
-        bucket.store(w)

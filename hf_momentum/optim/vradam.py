@@ -102,6 +102,66 @@ def vr_update_(
     torch._foreach_sub_(params, torch._foreach_mul(directions, rate))
 
 
+def advance_moments_(
+    grads: list[Tensor],
+    first_moments: list[Tensor],
+    second_moments: list[Tensor],
+    steps: Sequence[float],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    of_update: bool,
+) -> Tensor:
+    """Advance both moments; `[pieces, 2]`: |m|^2, and what the gate takes, which is |u|^2 if `of_update`.
+
+    Example:
+        >>> m, v = [torch.zeros(1)], [torch.zeros(1)]
+        >>> advance_moments_([torch.tensor([4.0])], m, v, [1.0], betas=(0.5, 0.75), eps=0.0, of_update=True)
+        tensor([[4., 1.]], dtype=torch.float64)
+    """
+    average_(first_moments, grads, betas[0])
+    average_squares_(second_moments, grads, betas[1])
+    norms = gated = squared_norms(first_moments)
+    if of_update:
+        gated = squared_norms(step_directions(first_moments, second_moments, steps, betas=betas, eps=eps))
+    return torch.stack([norms, gated], 1)
+
+
+def advance_momentum_(grads: list[Tensor], momenta: list[Tensor], *, momentum: float) -> Tensor:
+    """Advance the momentum; `[pieces, 2]`: |m|^2, twice.
+
+    Example:
+        >>> advance_momentum_([torch.tensor([4.0])], [torch.zeros(1)], momentum=0.5)
+        tensor([[4., 4.]], dtype=torch.float64)
+    """
+    average_(momenta, grads, momentum)
+    squares = squared_norms(momenta)
+    return torch.stack([squares, squares], 1)
+
+
+def vradam_update_(
+    params: list[Tensor],
+    first_moments: list[Tensor],
+    second_moments: list[Tensor],
+    steps: Sequence[float],
+    rate: Tensor | list[Tensor],
+    shrink: Tensor | list[Tensor] | None,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """`vr_update_` along the directions of `step_directions`.
+
+    Example:
+        >>> w = [torch.ones(1)]
+        >>> vradam_update_(w, [torch.tensor([2.0])], [torch.tensor([4.0])], [1.0], torch.tensor(0.25), None,
+        ...                betas=(0.5, 0.75), eps=0.0)
+        >>> w
+        [tensor([0.7500])]
+    """
+    vr_update_(params, step_directions(first_moments, second_moments, steps, betas=betas, eps=eps), rate, shrink)
+
+
 # ---- what the classes share: one gate over everything, one per group, or one per tensor ----------------------
 
 
@@ -135,12 +195,15 @@ def advance_gates(step: Step, rows: list[Tensor]) -> list[Tensor]:
     return ratios
 
 
-def descend(bucket: Bucket, directions: list[Tensor], ratio: Tensor) -> None:
-    """Update the bucket's weights along `directions` at the gated learning rate."""
-    weights, wd = bucket.weights(), bucket.group["weight_decay"]
-    rate = bucket.group["lr"] * ratio
-    vr_update_(weights, directions, bucket.scalars(rate), bucket.scalars(1 - rate * wd) if wd else None)
-    bucket.store(weights)
+def gated_rate(group: Mapping[str, Any], ratio: Tensor) -> tuple[Tensor, Tensor | None]:
+    """lr_t and 1 - lr_t wd, the second None without weight decay.
+
+    Example:
+        >>> gated_rate({"lr": 0.5, "weight_decay": 0.0}, torch.tensor(0.5))
+        (tensor(0.2500), None)
+    """
+    rate = group["lr"] * ratio
+    return rate, 1 - rate * group["weight_decay"] if group["weight_decay"] else None
 
 
 def gate_dynamics(groups: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -211,6 +274,8 @@ class VRAdam(MomentumOptimizer):
             not change when the loss is scaled). |u|^2 grows with the number of parameters, so `beta3` must then be
             about one over that number. The same in all groups if global.
         maximize: ascend instead of descend. Default False.
+        fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
+            the first step; True insists on them; False never uses them.
 
     State: `exp_avg` and `exp_avg_sq` per parameter (float32 for half-precision weights) and `step`; in the groups
     `lr_ratio` (lr_t / lr) and `momentum_norm` (|m|, whatever `norm_of`) of the last step: 0-dim, or one entry per
@@ -254,6 +319,7 @@ class VRAdam(MomentumOptimizer):
         norm_scope: NormScope = "global",
         norm_of: NormOf = "momentum",
         maximize: bool = False,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -265,6 +331,7 @@ class VRAdam(MomentumOptimizer):
             "norm_scope": norm_scope,
             "norm_of": norm_of,
             "maximize": maximize,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
@@ -277,24 +344,20 @@ class VRAdam(MomentumOptimizer):
     def _update(self, step: Step) -> None:
         rows = []
         for bucket in step.buckets:
-            beta1, beta2 = bucket.group["betas"]
-            grads = bucket.gradients()
-            bucket.count_steps()
-            average_(bucket.buffers("exp_avg"), grads, beta1)
-            average_squares_(bucket.buffers("exp_avg_sq"), grads, beta2)
-            norms = gated = squared_norms(bucket.buffers("exp_avg"))
-            if bucket.group["norm_of"] == "update":
-                gated = squared_norms(self._directions(bucket))
-            rows.append(torch.stack([norms, gated], 1))
+            m, v, steps = bucket.buffers("exp_avg"), bucket.buffers("exp_avg_sq"), bucket.count_steps()
+            of_update = bucket.group["norm_of"] == "update"
+            rows.append(bucket.advance(advance_moments_, m, v, steps, of_update=of_update, **self._adam(bucket)))
         ratios = advance_gates(step, rows)
         for bucket in step.buckets:
-            # Formed anew for one bucket at a time: u of the whole model would be a third buffer.
-            descend(bucket, self._directions(bucket), ratios[bucket.index])
+            # u is formed anew for one bucket at a time: that of the whole model would be a third buffer.
+            m, v = bucket.buffers("exp_avg"), bucket.buffers("exp_avg_sq")
+            rate, shrink = gated_rate(bucket.group, ratios[bucket.index])
+            arguments = (m, v, bucket.steps(), rate, shrink)
+            bucket.apply(vradam_update_, *arguments, gradients=False, **self._adam(bucket))
 
     @staticmethod
-    def _directions(bucket: Bucket) -> list[Tensor]:
-        m, v = bucket.buffers("exp_avg"), bucket.buffers("exp_avg_sq")
-        return step_directions(m, v, bucket.steps(), betas=bucket.group["betas"], eps=bucket.group["eps"])
+    def _adam(bucket: Bucket) -> dict[str, Any]:
+        return {"betas": bucket.group["betas"], "eps": bucket.group["eps"]}
 
     def dynamics(self) -> dict[str, Tensor]:
         """`lr_ratio` (lr_t / lr), `momentum_norm` (|m|) and `effective_lr` (lr_t) after the last step."""
@@ -320,6 +383,8 @@ class VRMomentum(MomentumOptimizer):
         weight_decay: wd, >= 0, decoupled. Default 0.
         norm_scope: `"global"` (default), `"group"` or `"tensor"`. The same in all groups.
         maximize: ascend instead of descend. Default False.
+        fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
+            the first step; True insists on them; False never uses them.
 
     State: `momentum_buffer` per parameter (float32 for half-precision weights); `lr_ratio` and `momentum_norm` in the
     groups, as `VRAdam`.
@@ -351,6 +416,7 @@ class VRMomentum(MomentumOptimizer):
         weight_decay: float = 0.0,
         norm_scope: NormScope = "global",
         maximize: bool = False,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -360,6 +426,7 @@ class VRMomentum(MomentumOptimizer):
             "weight_decay": weight_decay,
             "norm_scope": norm_scope,
             "maximize": maximize,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
@@ -371,12 +438,11 @@ class VRMomentum(MomentumOptimizer):
         rows = []
         for bucket in step.buckets:
             m = bucket.buffers("momentum_buffer")
-            average_(m, bucket.gradients(), bucket.group["momentum"])
-            squares = squared_norms(m)
-            rows.append(torch.stack([squares, squares], 1))
+            rows.append(bucket.advance(advance_momentum_, m, momentum=bucket.group["momentum"]))
         ratios = advance_gates(step, rows)
         for bucket in step.buckets:
-            descend(bucket, bucket.buffers("momentum_buffer"), ratios[bucket.index])
+            rate, shrink = gated_rate(bucket.group, ratios[bucket.index])
+            bucket.apply(vr_update_, bucket.buffers("momentum_buffer"), rate, shrink, gradients=False)
 
     def dynamics(self) -> dict[str, Tensor]:
         """`lr_ratio` (lr_t / lr), `momentum_norm` (|m|) and `effective_lr` (lr_t) after the last step."""
