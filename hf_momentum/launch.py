@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from hf_momentum.errors import InputError
-from hf_momentum.integrations.registry import nearest
 from hf_momentum.training.processes import launched_processes
-from hf_momentum.training.recipe import shipped_folder
+from hf_momentum.training.recipe import find_shipped
 
 _WHOLE_NUMBERS = {"num_processes": 1, "num_machines": 1, "machine_rank": 0, "main_process_port": 0}
 
@@ -123,13 +122,7 @@ def find_accelerate_config(name: str) -> Path:
         >>> find_accelerate_config("zero3").name
         'zero3.yaml'
     """
-    if Path(name).is_file():
-        return Path(name)
-    shipped = {path.stem: path for path in sorted(shipped_folder("accelerate_configs").glob("*.yaml"))}
-    wanted = name.removeprefix("accelerate_configs/").removesuffix(".yaml")
-    if wanted in shipped:
-        return shipped[wanted]
-    raise InputError(f"no accelerate_config {name!r}{nearest(wanted, shipped)}; shipped: {', '.join(shipped)}")
+    return find_shipped(name, "accelerate_configs", "accelerate_config")
 
 
 def _check_whole(name: str, value: str, least: int) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.training import job, load_recipe
+from tests.launching import free_port
 from tests.test_training import final_weights
 
 ROOT = Path(__file__).parent.parent
@@ -23,12 +23,6 @@ CASES = [(name, lora) for name in ("tam", "adatam", "adatamw") for lora in (Fals
 CASES += [(name, False) for name in OPTIMIZERS if name not in ("tam", "adatam", "adatamw")]
 RATES = {"adatam": 1e-4, "adatamw": 1e-4}  # their steps are about ten times Adam's at the start
 STEPS, HALF = 20, 10
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def launch(*words: object, timeout: int = 240) -> subprocess.CompletedProcess:

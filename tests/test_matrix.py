@@ -7,7 +7,6 @@ README's table is made. Each layout is one launch of real processes with the rea
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import pytest
 import torch
 
 from hf_momentum.integrations import OPTIMIZERS
+from tests.launching import free_port
 
 pytest.importorskip("deepspeed")
 
@@ -127,12 +127,6 @@ def parameters() -> Iterator[Any]:
             short = layout in IN_SHORT and entry["label"] in SHORT
             marks = [] if short else [pytest.mark.slow]
             yield pytest.param(layout, entry["label"], marks=marks, id=f"{layout}-{entry['label']}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def environment() -> dict[str, str]:

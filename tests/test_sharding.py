@@ -11,7 +11,8 @@ import torch
 from hf_momentum import TAM, InputError
 from hf_momentum.integrations import OPTIMIZERS, deepspeed_hook
 from hf_momentum.integrations.what_runs import WhatRunsCallback
-from tests.test_matrix import CONFIGS, ROOT, case, free_port, run_job
+from tests.launching import free_port
+from tests.test_matrix import CONFIGS, ROOT, case, run_job
 
 pytestmark = pytest.mark.xdist_group("two processes")
 

@@ -166,14 +166,27 @@ def find_recipe(config: str) -> Path:
         >>> find_recipe("quickstart").name
         'quickstart.yaml'
     """
-    if Path(config).is_file():
-        return Path(config)
-    shipped = shipped_folder("recipes")
+    return find_shipped(config, "recipes", "recipe")
+
+
+def find_shipped(name: str, folder: str, what: str) -> Path:
+    """A YAML file by its path, or by its name inside a folder that travels with the package.
+
+    Raises:
+        InputError: neither exists; the message says `what` was looked for and lists the shipped names.
+
+    Example:
+        >>> find_shipped("zero3", "accelerate_configs", "accelerate_config").name
+        'zero3.yaml'
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = shipped_folder(folder)
     by_name = {str(path.relative_to(shipped).with_suffix("")): path for path in sorted(shipped.rglob("*.yaml"))}
-    wanted = config.removeprefix("recipes/").removesuffix(".yaml")
+    wanted = name.removeprefix(f"{folder}/").removesuffix(".yaml")
     if wanted in by_name:
         return by_name[wanted]
-    raise InputError(f"no recipe {config!r}{nearest(wanted, by_name)}; shipped: {', '.join(by_name)}")
+    raise InputError(f"no {what} {name!r}{nearest(wanted, by_name)}; shipped: {', '.join(by_name)}")
 
 
 def shipped_folder(name: str) -> Path:
