@@ -102,6 +102,11 @@ def record_refused():
 
 def pytest_sessionfinish(session, exitstatus) -> None:
     target = session.config.getoption("--write-support")
-    if target and SUPPORT:
-        results = {"tolerance": 1e-6, "differences": SUPPORT, "refused": sorted(REFUSED)}
+    if target and (SUPPORT or REFUSED):
+        # A part of the matrix may be run again: what this run did not look at stays.
+        before = json.loads(Path(target).read_text()) if Path(target).is_file() else {"differences": {}, "refused": []}
+        for label, found in before["differences"].items():
+            SUPPORT[label] = {**found, **SUPPORT.get(label, {})}
+        refused = sorted(REFUSED | set(before["refused"]))
+        results = {"tolerance": 1e-6, "differences": SUPPORT, "refused": refused}
         Path(target).write_text(json.dumps(results, indent=1) + "\n")
