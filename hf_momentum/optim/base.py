@@ -381,7 +381,10 @@ class Step:
 
     def sum_over(self, name: str) -> Tensor:
         """The sum of the groups' vectors `name` over all tensors that have a gradient in this step; 0-dim."""
-        entries = [vectors.get(name)[i] for vectors in self.vectors for i in vectors.active]
+        entries: list[Tensor] = []
+        for vectors in self.vectors:
+            rows = vectors.get(name).unbind()
+            entries += [rows[i] for i in vectors.active]
         return torch.stack(entries).sum()
 
     def totals(self, rows: Sequence[Tensor], width: int) -> list[Tensor]:
