@@ -1,6 +1,22 @@
 """Multi-tensor functions on lists of pieces."""
 
-from hf_momentum.kernels.gradients import Gradients
+from hf_momentum.kernels.rounding import SMALLEST, Packed, packed_zeros, seeds, to_bfloat16
+from hf_momentum.kernels.rules import Rounding, rule
 from hf_momentum.kernels.sums import alignment_sums, squared_norms, sum_dtype
+from hf_momentum.kernels.work import Gradients, Reduced, State
 
-__all__ = ["Gradients", "alignment_sums", "squared_norms", "sum_dtype"]
+__all__ = [
+    "SMALLEST",
+    "Gradients",
+    "Packed",
+    "Reduced",
+    "Rounding",
+    "State",
+    "alignment_sums",
+    "packed_zeros",
+    "rule",
+    "seeds",
+    "squared_norms",
+    "sum_dtype",
+    "to_bfloat16",
+]

@@ -1,0 +1,74 @@
+"""Which kernels take which tensors: the one place that decides by device and dtype."""
+
+from collections.abc import Sequence
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+
+from hf_momentum.kernels import cpu, cuda
+from hf_momentum.kernels.work import Work
+
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_BACKENDS = {"cpu": cpu, "cuda": cuda}
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+_dtype, _device, _layout = attrgetter("dtype"), attrgetter("device"), attrgetter("layout")
+
+
+def launch(kernel: str, work: Work, width: int) -> Tensor:
+    """One pass of `kernel` on the device that holds the tensors; the sums, `[tensors, width]` in float64."""
+    device = work.pieces()[0].device.type
+    return _BACKENDS[device].launch(kernel, work, width)
+
+
+def obstacle(param: Tensor, grad: Tensor) -> str:
+    """Why no kernel takes this pair, or an empty string if one does.
+
+    Example:
+        >>> obstacle(torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
+        'torch.float64 tensors'
+        >>> obstacle(torch.zeros(3, 2).t(), torch.zeros(2, 3))
+        'tensors that are not contiguous'
+    """
+    if param.device.type not in _BACKENDS:
+        return f"tensors on {param.device.type}"
+    if param.dtype not in _DTYPES:
+        return f"{param.dtype} tensors"
+    if grad.dtype != param.dtype or grad.device != param.device:
+        return "gradients of another dtype or device than their weights"
+    if not (param.is_contiguous() and grad.is_contiguous()):
+        return "tensors that are not contiguous"
+    if type(grad) is not Tensor or type(param) not in _PLAIN:
+        return "tensor subclasses"
+    return _BACKENDS[param.device.type].available()[1]
+
+
+def takes(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+    """Whether no pair of tensors that shared a device and a dtype before has an `obstacle` now; quick for many.
+
+    Example:
+        >>> takes([torch.zeros(3)], [torch.zeros(3)]), takes([torch.zeros(3)], [torch.zeros(3).double()])
+        (True, False)
+    """
+    both = [*params, *grads]
+    return (
+        len(set(map(_dtype, both))) == 1
+        and len(set(map(_device, both))) == 1
+        and set(map(type, grads)) == {Tensor}
+        and set(map(_layout, grads)) == {torch.strided}
+        and all(map(Tensor.is_contiguous, both))
+        and params[0].dtype in _DTYPES
+        and params[0].device.type in _BACKENDS
+        and _BACKENDS[params[0].device.type].available()[0]
+    )
+
+
+def name_of(device: torch.device) -> str:
+    """What the log calls the kernels for tensors on `device`.
+
+    Example:
+        >>> name_of(torch.device("cpu"))
+        'CPU kernels'
+    """
+    return {"cpu": "CPU kernels", "cuda": "Triton kernels"}[device.type]
