@@ -1,6 +1,7 @@
 """Multi-tensor functions on lists of pieces."""
 
-from hf_momentum.kernels.rounding import SMALLEST, Packed, packed_zeros, seeds, to_bfloat16
+from hf_momentum.kernels import choice
+from hf_momentum.kernels.rounding import SMALLEST, Packed, packed_zeros, random_bits, seeds, to_bfloat16, weight_seed
 from hf_momentum.kernels.rules import Rounding, rule
 from hf_momentum.kernels.sums import alignment_sums, squared_norms, sum_dtype
 from hf_momentum.kernels.work import Gradients, Reduced, State
@@ -13,10 +14,13 @@ __all__ = [
     "Rounding",
     "State",
     "alignment_sums",
+    "choice",
     "packed_zeros",
+    "random_bits",
     "rule",
     "seeds",
     "squared_norms",
     "sum_dtype",
     "to_bfloat16",
+    "weight_seed",
 ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +11,19 @@ from hf_momentum.kernels import cpu, cuda
 from hf_momentum.kernels.work import Work
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-_BACKENDS = {"cpu": cpu, "cuda": cuda}
+
+
+class Backend(Protocol):
+    """The kernels of one kind of device."""
+
+    def available(self) -> tuple[bool, str]:
+        """Whether they can run here, and if not, why."""
+
+    def launch(self, kernel: str, work: Work, width: int) -> Tensor:
+        """Make one pass; the sums, `[tensors, width]` in float64."""
+
+
+_BACKENDS: dict[str, Backend] = {"cpu": cpu, "cuda": cuda}
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 _dtype, _device, _layout = attrgetter("dtype"), attrgetter("device"), attrgetter("layout")

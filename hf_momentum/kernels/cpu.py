@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_momentum.kernels.rounding import Packed
-from hf_momentum.kernels.work import Gradients, Numbers, Reduced, State, Work
+from hf_momentum.kernels.work import Numbers, Reduced, State, Work
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 
@@ -207,6 +207,7 @@ def launch(kernel: str, work: Work, width: int) -> Tensor:
         RuntimeError: the kernels are not available.
 
     Example:
+        >>> from hf_momentum.kernels import Gradients
         >>> m, g = [torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 0.0])]
         >>> work = Work(grads=Gradients(g, g), first=m, written=False)
         >>> launch("alignment_sums", work, 3) if available()[0] else torch.tensor([[3.0, 5.0, 9.0]]).double()

@@ -126,8 +126,8 @@ def critical_sgd_update_(
 def _momentum_step(
     params: Sequence[Tensor], grads: Gradients, momenta: State, rounding: Rounding, **numbers: Any
 ) -> None:
-    weights = {"weights": params, "seeds": rounding.seeds, "skip": rounding.skip}
-    launch("momentum_step", Work(grads=grads, first=momenta, **weights, **numbers), 0)
+    work = Work(grads=grads, weights=params, first=momenta, seeds=rounding.seeds, skip=rounding.skip, **numbers)
+    launch("momentum_step", work, 0)
 
 
 def advance_momentum_(grads: Gradients, momenta: State, *, momentum: float, rounding: Rounding = PLAIN) -> Tensor:
@@ -242,8 +242,16 @@ def _adam_step(
     rounding: Rounding,
     **numbers: Any,
 ) -> None:
-    weights = {"weights": params, "seeds": rounding.seeds, "skip": rounding.skip}
-    launch("adam_step", Work(grads=grads, first=first_moments, squares=second_moments, **weights, **numbers), 0)
+    work = Work(
+        grads=grads,
+        weights=params,
+        first=first_moments,
+        squares=second_moments,
+        seeds=rounding.seeds,
+        skip=rounding.skip,
+        **numbers,
+    )
+    launch("adam_step", work, 0)
 
 
 def advance_moments_(
