@@ -218,8 +218,8 @@ class CriticalSGD(MomentumOptimizer):
         _check_critical(self, group, tuple(CRITICAL))
 
     def _update(self, step: Step) -> None:
-        momenta = _momenta(step)
         step.clip_gradients()
+        momenta = _momenta(step)
         step.count()
         for bucket in step.buckets:
             group = bucket.group
@@ -337,8 +337,8 @@ class CriticalAdamW(MomentumOptimizer):
         _check_critical(self, group, ("critical", "critical_exact"))
 
     def _update(self, step: Step) -> None:
-        momenta = _momenta(step)
         step.clip_gradients()
+        momenta = _momenta(step)
         adam_step(step, momenta)
 
     def dynamics(self) -> dict[str, Tensor]:
