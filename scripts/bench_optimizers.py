@@ -57,7 +57,7 @@ LR = 1e-4
 
 Params = list[torch.nn.Parameter]
 Build = Callable[[Params], torch.optim.Optimizer]
-Run = Callable[[], object]
+Run = Callable[[], Any]
 Timer = Callable[[Run], dict[str, float]]
 
 
