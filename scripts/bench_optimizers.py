@@ -191,6 +191,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def room(device: torch.device) -> int | None:
     """Bytes that can still be had on a device; None where that is not known."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # else what torch keeps for later counts as taken
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -213,8 +214,8 @@ def require_normal(tensors: Iterable[Tensor], what: str) -> None:
         RuntimeError: a state holds a NaN, an infinity or a denormal number; its times mean nothing
     """
     for tensor in tensors:
-        if not tensor.is_floating_point():
-            continue
+        if not tensor.is_floating_point() or hasattr(tensor, "__tensor_flatten__"):
+            continue  # codes have no such numbers
         for chunk in tensor.detach().reshape(-1).split(2**24):  # bounds the temporaries
             sizes = chunk.abs()
             tiny = torch.finfo(chunk.dtype).tiny
@@ -452,13 +453,8 @@ class Bench:
                 line["bytes_per_state_element"] = float(f"{4 * line['state_bytes_per_parameter'] / full:.4g}")
             table[row.name] = line
         require_normal(self.params, "a weight")
-        if self.device.type == "cuda":
-            for line in table.values():
-                line["peak_bytes_of_pass"] = torch.cuda.max_memory_allocated(self.device)
         del optimizers, runs
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
         return table
 
     def _temporaries(self, run: Run) -> int:
@@ -705,7 +701,10 @@ def our_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def rows_of(table: str, shape: str, args: argparse.Namespace) -> list[Row]:
     """The rows of one table."""
-    options, where = our_options(args), column(table, args.device, shape)
+    options = our_options(args)
+    # The aims are for float32 throughout, and for the kernels.
+    aimed = args.dtype == args.state_dtype == "float32" and args.fused is None
+    where = column(table, args.device, shape) if aimed else ""
     if table == "step":
         return step_rows(args.optimizers, where, getattr(torch, args.dtype), options)
     if table == "clip":

@@ -21,6 +21,7 @@ from bench_optimizers import cpu_name, measure, paired_ratios, quartiles, state_
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, default_data_collator
 
 from hf_momentum.integrations import OPTIMIZERS
+from hf_momentum.integrations.what_runs import base_optimizer
 from hf_momentum.training import MomentumTrainer, MomentumTrainingArguments
 
 BASELINE = "adamw_torch_fused"
@@ -145,7 +146,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         # A call also prepares and ends the training; the time is what the clock inside it saw.
         runs = {name: block(name) for name in names}
         times = measure(runs, args.rounds, 1, timer=lambda run: {"ms": run()})
-        kept = {name: state_bytes(trainer.optimizer.optimizer) for name, (trainer, _) in pairs.items()}
+        kept = {name: state_bytes(base_optimizer(trainer.optimizer)) for name, (trainer, _) in pairs.items()}
     tokens = args.steps * args.batch * args.length
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
