@@ -23,8 +23,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
 from importlib.metadata import version
 from itertools import cycle
@@ -155,26 +155,35 @@ def paired_ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors in a structure of mappings and sequences; a wrapper tensor counts as what it is made of.
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in a structure of mappings, sequences and dataclasses; a wrapper tensor is what it is made of.
 
     Example:
-        >>> tensor_bytes({"a": torch.zeros(4), "b": [torch.zeros(2, dtype=torch.int8), 3]})
-        18
+        >>> [x.numel() for x in tensors_in({"a": torch.zeros(4), "b": [torch.zeros(2, dtype=torch.int8), 3]})]
+        [4, 2]
     """
     if hasattr(value, "__tensor_flatten__"):
-        return sum(tensor_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+        value = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, field.name) for field in fields(value)]
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, Mapping):
-        return sum(map(tensor_bytes, value.values()))
-    if isinstance(value, list | tuple):
-        return sum(map(tensor_bytes, value))
-    return 0
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(entry)
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Everything that an optimizer keeps, its groups' own tensors included, each once; weights are not its own."""
+    groups = [{key: x for key, x in group.items() if key != "params"} for group in optimizer.param_groups]
+    weights = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    # A state of several pieces may point to the tensor that it is of.
+    found = {id(x): x for x in tensors_in([list(optimizer.state.values()), groups]) if id(x) not in weights}
+    return list(found.values())
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of everything that an optimizer keeps, its groups' own tensors included.
+    """Bytes of everything that an optimizer keeps.
 
     Example:
         >>> w = torch.nn.Parameter(torch.zeros(10))
@@ -184,8 +193,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
         >>> state_bytes(optimizer)
         40
     """
-    groups = [{key: x for key, x in group.items() if key != "params"} for group in optimizer.param_groups]
-    return sum(tensor_bytes(state) for state in optimizer.state.values()) + tensor_bytes(groups)
+    return sum(tensor.numel() * tensor.element_size() for tensor in state_tensors(optimizer))
 
 
 def room(device: torch.device) -> int | None:
@@ -214,8 +222,8 @@ def require_normal(tensors: Iterable[Tensor], what: str) -> None:
         RuntimeError: a state holds a NaN, an infinity or a denormal number; its times mean nothing
     """
     for tensor in tensors:
-        if not tensor.is_floating_point() or hasattr(tensor, "__tensor_flatten__"):
-            continue  # codes have no such numbers
+        if not tensor.is_floating_point():
+            continue
         for chunk in tensor.detach().reshape(-1).split(2**24):  # bounds the temporaries
             sizes = chunk.abs()
             tiny = torch.finfo(chunk.dtype).tiny
@@ -445,8 +453,9 @@ class Bench:
             line["state_bytes_per_parameter"] = float(f"{state_bytes(optimizer) / self.count:.5g}")
             if self.device.type == "cuda":
                 line["temporary_bytes_per_parameter"] = float(f"{self._temporaries(runs[row.name]) / self.count:.5g}")
-            states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
-            require_normal([x for x in states if x.dim()], f"the state of {row.name}")
+            require_normal(
+                [x for x in state_tensors(optimizer) if x.dim() > 1 or x.numel() > 1], f"the state of {row.name}"
+            )
             full = table.get(row.against or "", {}).get("state_bytes_per_parameter")
             if full and row.against == row.name.split()[0] and row.name != row.against:
                 # Against float32 state of the same rule, which has four bytes for each element.

@@ -129,8 +129,8 @@ MODELS: dict[str, tuple[str, Callable[[], Shapes], Callable[[], Shapes]]] = {
     ),
     "tiny": (
         "a GPT-2 of two narrow blocks, to try the program out",
-        lambda: [(64, 8), *[(8,), (8, 24), (24,)] * 2],
-        lambda: [(64, 8), *[(8,), (8, 24), (24,)] * 2],
+        lambda: [(1024, 8), *[(8,), (8, 24), (24,)] * 2],
+        lambda: [(1024, 8), *[(8,), (8, 24), (24,)] * 2],
     ),
 }
 

@@ -4,6 +4,7 @@ import doctest
 import importlib
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -77,8 +78,15 @@ def test_small_state_is_counted_in_bytes(optimizers):
     optimizer = optimizers.fused_adamw([weight])
     optimizer.step()
     assert optimizers.state_bytes(optimizer) == 2 * 400 + 4  # two averages and a counter
-    optimizer.state[weight]["exp_avg"] = {"codes": torch.zeros(100, dtype=torch.int8), "scales": torch.zeros(1)}
-    assert optimizers.state_bytes(optimizer) == 400 + 4 + 104
+
+    @dataclass
+    class Packed:
+        of: torch.nn.Parameter
+        codes: torch.Tensor
+        scales: torch.Tensor
+
+    optimizer.state[weight]["exp_avg"] = {0: (Packed(weight, torch.zeros(100, dtype=torch.int8), torch.zeros(1)),)}
+    assert optimizers.state_bytes(optimizer) == 400 + 4 + 104  # the weight itself is not its own
 
 
 def test_rows_that_do_not_fit_together_are_measured_in_passes(optimizers):
@@ -143,7 +151,8 @@ def test_clipping_and_small_state_are_measured(optimizers, tmp_path):
     assert clip["tam"]["target"] == 0.65 and clip["tam"]["against"] == "clip+adamw"
     assert list(state)[:3] == ["tam", "tam bfloat16", "tam int8"]
     assert state["tam int8"]["against"] == "tam"
-    assert state["tam bfloat16"]["bytes_per_state_element"] < 4 * 0.75
+    assert state["tam bfloat16"]["bytes_per_state_element"] == pytest.approx(2, rel=0.15)
+    assert state["tam int8"]["bytes_per_state_element"] < 1.4  # small tensors may keep float32
 
 
 def test_whole_trainer_steps_are_measured(scripts, tmp_path):
