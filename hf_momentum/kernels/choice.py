@@ -1,8 +1,8 @@
 """Which kernels take which tensors: the one place that decides by device and dtype."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ class Backend(Protocol):
 _BACKENDS: dict[str, Backend] = {"cpu": cpu, "cuda": cuda}
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
-_dtype, _device, _layout = attrgetter("dtype"), attrgetter("device"), attrgetter("layout")
+_is_contiguous: Callable[[Any], bool] = Tensor.is_contiguous
+_dtype, _is_cpu, _layout = attrgetter("dtype"), attrgetter("is_cpu"), attrgetter("layout")
 
 
 def launch(kernel: str, work: Work, width: int) -> Tensor:
@@ -57,24 +58,23 @@ def obstacle(param: Tensor, grad: Tensor) -> str:
     return _BACKENDS[param.device.type].available()[1]
 
 
-def takes(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-    """Whether no pair of tensors that shared a device and a dtype before has an `obstacle` now; quick for many.
+def takes(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> bool:
+    """Whether no pair of tensors that had none before has an `obstacle` now; a few passes in C over all of them.
 
     Example:
         >>> takes([torch.zeros(3)], [torch.zeros(3)]), takes([torch.zeros(3)], [torch.zeros(3).double()])
         (True, False)
     """
-    both = [*params, *grads]
-    return (
-        len(set(map(_dtype, both))) == 1
-        and len(set(map(_device, both))) == 1
-        and set(map(type, grads)) == {Tensor}
-        and set(map(_layout, grads)) == {torch.strided}
-        and all(map(Tensor.is_contiguous, both))
-        and params[0].dtype in _DTYPES
-        and params[0].device.type in _BACKENDS
-        and _BACKENDS[params[0].device.type].available()[0]
-    )
+    if set(map(type, grads)) != {Tensor} or set(map(_layout, grads)) != {torch.strided}:
+        return False
+    dtypes = set(map(_dtype, params))
+    if len(dtypes) != 1 or set(map(_dtype, grads)) != dtypes or not dtypes <= _DTYPES:
+        return False
+    kinds = set(map(_is_cpu, params)) | set(map(_is_cpu, grads))
+    if len(kinds) != 1 or not all(map(_is_contiguous, params)) or not all(map(_is_contiguous, grads)):
+        return False
+    device = params[0].device.type
+    return device in _BACKENDS and _BACKENDS[device].available()[0]
 
 
 def name_of(device: torch.device) -> str:

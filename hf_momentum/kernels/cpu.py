@@ -15,6 +15,7 @@ import tempfile
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,11 +137,14 @@ class _Call:
 
     def __init__(self, work: Work) -> None:
         self._alive: list[object] = []
-        self.written: list[Tensor] = list(work.weights or ())
+        self._known: dict[int, Any] = {} if work.tables is None else work.tables
         pieces = work.pieces()
-        numels = [piece.numel() for piece in pieces]
+        numels, _ = self._known.get(0, (None, None))
+        if numels is None:
+            numels = array("q", map(Tensor.numel, pieces))
+            self._known[0] = (numels, None)
         self.work = _Work(tensors=len(numels), threads=max(1, min(torch.get_num_threads(), sum(numels) // _GRAIN)))
-        self.work.numels = self._table(array("q", numels))
+        self.work.numels = self._table(numels)
         self.work.kind = _KINDS[pieces[0].dtype] if pieces else 0
         self.work.nesterov, self.work.divide_change = work.nesterov, work.divide_change
         self.work.written, self.work.beta2, self.work.eps = work.written, work.beta2, work.eps
@@ -154,22 +158,25 @@ class _Call:
             self.work.weights = self._pointers(weights)
         if work.seeds is not None:
             self._numbers(weight_seeds=work.seeds)
-        self._state("first", work.first, work.written)
+        self._state("first", work.first)
         if work.squares is not None:
-            self._state("squares", work.squares, work.written)
+            self._state("squares", work.squares)
         if work.previous is not None:
             self.work.previous = self._pointers(work.previous)
             self.work.previous_kind = _KINDS[work.previous[0].dtype] if work.previous else 0
-            self.written.extend(work.previous)
 
     def _table(self, table: "array[int] | array[float]") -> int:
         self._alive.append(table)
         return table.buffer_info()[0]
 
     def _pointers(self, tensors: Sequence[Tensor]) -> int:
-        return self._table(array("q", map(Tensor.data_ptr, tensors)))
+        table, _ = self._known.get(id(tensors), (None, None))
+        if table is None:
+            table = array("q", map(Tensor.data_ptr, tensors))
+            self._known[id(tensors)] = (table, tensors)  # kept alive, so that no other list has its identity
+        return self._table(table)
 
-    def _state(self, name: str, state: State, written: bool) -> None:
+    def _state(self, name: str, state: State) -> None:
         """Point at state tensors, and at the scales of their blocks where they have any."""
         if not isinstance(state, Reduced):
             tensors = state
@@ -181,8 +188,6 @@ class _Call:
                 setattr(self.work, f"{name}_scales", self._pointers([part.scales for part in packed]))
         self.work.state_kind = _KINDS[tensors[0].dtype] if tensors else 0
         setattr(self.work, name, self._pointers(tensors))
-        if written:
-            self.written.extend(tensors)
 
     def _numbers(self, **numbers: Numbers) -> None:
         """One double per tensor for each field, out of a float, a 0-dim tensor, or one entry per tensor."""
@@ -223,5 +228,5 @@ def launch(kernel: str, work: Work, width: int) -> Tensor:
     call.work.sums = sums.data_ptr()
     if getattr(library, kernel)(ctypes.byref(call.work)):
         raise MemoryError(f"no memory for the partial sums of {call.work.tensors} tensors")
-    torch.autograd.graph.increment_version(call.written)  # autograd does not see what is written past it
+    torch.autograd.graph.increment_version(work.weights or ())  # autograd does not see what is written past it
     return sums

@@ -13,37 +13,39 @@ from typing import Any
 from torch import Tensor
 
 from hf_momentum.kernels.choice import launch
-from hf_momentum.kernels.work import Gradients, Reduced, State, Work
+from hf_momentum.kernels.work import Gradients, State, Work
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """How the weights of a pass are written, and whether at all.
+class How:
+    """How a pass is made, whatever its rule.
 
     Attributes:
         seeds: one per tensor, to round bfloat16 weights stochastically; None rounds to nearest.
         skip: 0-dim on the tensors' device; where it is not 0 nothing is written. None: it is.
+        tables: pointers that an earlier pass over the same lists has looked up, by the identity of the list; None: none.
     """
 
     seeds: Tensor | None = None
     skip: Tensor | None = None
+    tables: dict[int, Any] | None = None
 
 
-PLAIN = Rounding()
+PLAIN = How()
 """To nearest, always."""
 
 
 # ---- sums -----------------------------------------------------------------------------------------------------------
 
 
-def alignment_sums(grads: Gradients, xs: State) -> Tensor:
+def alignment_sums(grads: Gradients, xs: State, *, how: How = PLAIN) -> Tensor:
     """`<x, g>, <x, x>, <g, g>` of each pair, `[tensors, 3]`; see `hf_momentum.kernels.alignment_sums`."""
-    return launch("alignment_sums", Work(grads=grads, first=xs, written=False), 3)
+    return launch("alignment_sums", Work(grads=grads, first=xs, written=False, **vars(how)), 3)
 
 
-def squared_norms(grads: Gradients) -> Tensor:
+def squared_norms(grads: Gradients, *, how: How = PLAIN) -> Tensor:
     """`<g, g>` of each gradient, `[tensors, 1]`."""
-    return launch("squared_norms", Work(grads=grads, written=False), 1)
+    return launch("squared_norms", Work(grads=grads, written=False, **vars(how)), 1)
 
 
 def squared_changes_(
@@ -55,7 +57,7 @@ def squared_changes_(
     *,
     eps: float,
     preconditioned: bool,
-    rounding: Rounding = PLAIN,
+    how: How = PLAIN,
 ) -> Tensor:
     """`hf_momentum.optim.curvature.squared_changes_` in one pass."""
     work = Work(
@@ -67,7 +69,7 @@ def squared_changes_(
         eps=eps,
         divide_change=preconditioned,
         written=False,
-        skip=rounding.skip,
+        **vars(how),
     )
     return launch("squared_changes", work, 3)
 
@@ -84,10 +86,10 @@ def tam_update_(
     lr: float,
     momentum: float,
     weight_decay: float,
-    rounding: Rounding = PLAIN,
+    how: How = PLAIN,
 ) -> None:
     """`hf_momentum.optim.tam.tam_update_` in one pass."""
-    _momentum_step(params, grads, momenta, rounding, keep=momentum, enter=scale, rate=lr, shrink=1 - lr * weight_decay)
+    _momentum_step(params, grads, momenta, how, keep=momentum, enter=scale, rate=lr, shrink=1 - lr * weight_decay)
 
 
 def ahb_sgd_update_(
@@ -98,11 +100,11 @@ def ahb_sgd_update_(
     *,
     lr: float,
     weight_decay: float,
-    rounding: Rounding = PLAIN,
+    how: How = PLAIN,
 ) -> None:
     """`hf_momentum.optim.ahb.ahb_sgd_update_` in one pass."""
     numbers = {"enter": -lr, "rate": -1.0, "shrink": 1 - lr * weight_decay}
-    _momentum_step(params, grads, displacements, rounding, keep=beta, **numbers)
+    _momentum_step(params, grads, displacements, how, keep=beta, **numbers)
 
 
 def critical_sgd_update_(
@@ -115,29 +117,27 @@ def critical_sgd_update_(
     lr: float,
     weight_decay: float,
     nesterov: bool,
-    rounding: Rounding = PLAIN,
+    how: How = PLAIN,
 ) -> None:
     """`hf_momentum.optim.critical.critical_sgd_update_` in one pass."""
     form = {"nesterov": 0 if not nesterov else 1 if kept is None else 2, "previous": kept}
     numbers = {"enter": 1.0, "rate": lr, "shrink": 1 - lr * weight_decay}
-    _momentum_step(params, grads, momenta, rounding, keep=mu, **numbers, **form)
+    _momentum_step(params, grads, momenta, how, keep=mu, **numbers, **form)
 
 
-def _momentum_step(
-    params: Sequence[Tensor], grads: Gradients, momenta: State, rounding: Rounding, **numbers: Any
-) -> None:
-    work = Work(grads=grads, weights=params, first=momenta, seeds=rounding.seeds, skip=rounding.skip, **numbers)
+def _momentum_step(params: Sequence[Tensor], grads: Gradients, momenta: State, how: How, **numbers: Any) -> None:
+    work = Work(grads=grads, weights=params, first=momenta, **vars(how), **numbers)
     launch("momentum_step", work, 0)
 
 
-def advance_momentum_(grads: Gradients, momenta: State, *, momentum: float, rounding: Rounding = PLAIN) -> Tensor:
+def advance_momentum_(grads: Gradients, momenta: State, *, momentum: float, how: How = PLAIN) -> Tensor:
     """`hf_momentum.optim.vradam.advance_momentum_` in one pass, its sum included."""
-    work = Work(grads=grads, first=momenta, keep=momentum, enter=1 - momentum, skip=rounding.skip)
+    work = Work(grads=grads, first=momenta, keep=momentum, enter=1 - momentum, **vars(how))
     return launch("momentum_advance", work, 1)
 
 
 def vr_update_(
-    params: Sequence[Tensor], directions: State, rate: Tensor, shrink: Tensor | None, *, rounding: Rounding = PLAIN
+    params: Sequence[Tensor], directions: State, rate: Tensor, shrink: Tensor | None, *, how: How = PLAIN
 ) -> None:
     """`hf_momentum.optim.vradam.vr_update_` in one pass."""
     work = Work(
@@ -146,8 +146,7 @@ def vr_update_(
         rate=rate,
         shrink=1.0 if shrink is None else shrink,
         written=False,
-        seeds=rounding.seeds,
-        skip=rounding.skip,
+        **vars(how),
     )
     launch("momentum_apply", work, 0)
 
@@ -169,7 +168,7 @@ def adatam_update_(
     eps: float,
     ema: bool,
     weight_decay: float,
-    rounding: Rounding = PLAIN,
+    how: How = PLAIN,
 ) -> None:
     """`hf_momentum.optim.tam.adatam_update_` in one pass."""
     beta1, beta2 = betas
@@ -180,7 +179,7 @@ def adatam_update_(
         "shrink": 1 - lr * weight_decay,
         "unbias": 1.0 if root2 is None else 1 / root2,
     }
-    _adam_step(params, grads, first_moments, second_moments, rounding, beta2=beta2, eps=eps, **numbers)
+    _adam_step(params, grads, first_moments, second_moments, how, beta2=beta2, eps=eps, **numbers)
 
 
 def adam_update_(
@@ -196,7 +195,7 @@ def adam_update_(
     beta2: float,
     eps: float,
     weight_decay: float,
-    rounding: Rounding = PLAIN,
+    how: How = PLAIN,
 ) -> None:
     """`hf_momentum.optim.adam.adam_update_` in one pass."""
     numbers = {
@@ -206,7 +205,7 @@ def adam_update_(
         "shrink": 1 - lr * weight_decay,
         "unbias": 1 / root2,
     }
-    _adam_step(params, grads, first_moments, second_moments, rounding, beta2=beta2, eps=eps, **numbers)
+    _adam_step(params, grads, first_moments, second_moments, how, beta2=beta2, eps=eps, **numbers)
 
 
 def vradam_step_(
@@ -221,7 +220,7 @@ def vradam_step_(
     *,
     betas: tuple[float, float],
     eps: float,
-    rounding: Rounding = PLAIN,
+    how: How = PLAIN,
 ) -> None:
     """`hf_momentum.optim.vradam.vradam_step_` in one pass."""
     numbers = {
@@ -231,7 +230,7 @@ def vradam_step_(
         "shrink": 1.0 if shrink is None else shrink,
         "unbias": 1 / root2,
     }
-    _adam_step(params, grads, first_moments, second_moments, rounding, beta2=betas[1], eps=eps, **numbers)
+    _adam_step(params, grads, first_moments, second_moments, how, beta2=betas[1], eps=eps, **numbers)
 
 
 def _adam_step(
@@ -239,7 +238,7 @@ def _adam_step(
     grads: Gradients,
     first_moments: State,
     second_moments: State,
-    rounding: Rounding,
+    how: How,
     **numbers: Any,
 ) -> None:
     work = Work(
@@ -247,8 +246,7 @@ def _adam_step(
         weights=params,
         first=first_moments,
         squares=second_moments,
-        seeds=rounding.seeds,
-        skip=rounding.skip,
+        **vars(how),
         **numbers,
     )
     launch("adam_step", work, 0)
@@ -263,7 +261,7 @@ def advance_moments_(
     *,
     betas: tuple[float, float],
     eps: float,
-    rounding: Rounding = PLAIN,
+    how: How = PLAIN,
 ) -> Tensor:
     """`hf_momentum.optim.vradam.advance_moments_` in one pass, its sums included."""
     beta1, beta2 = betas
@@ -277,7 +275,7 @@ def advance_moments_(
         unbias=1 / root2,
         beta2=beta2,
         eps=eps,
-        skip=rounding.skip,
+        **vars(how),
     )
     return launch("adam_advance", work, 2)
 
@@ -292,7 +290,7 @@ def vradam_update_(
     shrink: Tensor | None,
     *,
     eps: float,
-    rounding: Rounding = PLAIN,
+    how: How = PLAIN,
 ) -> None:
     """`hf_momentum.optim.vradam.vradam_update_` in one pass."""
     work = Work(
@@ -304,8 +302,7 @@ def vradam_update_(
         unbias=1 / root2,
         eps=eps,
         written=False,
-        seeds=rounding.seeds,
-        skip=rounding.skip,
+        **vars(how),
     )
     launch("adam_apply", work, 0)
 
@@ -330,26 +327,12 @@ _RULES: dict[str, Callable[..., Any]] = {
 }
 
 
-def rule(name: str, states: Sequence[State]) -> Callable[..., Any] | None:
-    """The function of this module that stands in for the pure function `name`, if it takes these lists of state.
-
-    State is reduced or contiguous float32; a previous gradient may be bfloat16.
+def rule(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of this module that stands in for a pure function on lists.
 
     Example:
-        >>> import torch
-        >>> rule("tam_update_", [[torch.zeros(3)]]) is tam_update_
+        >>> from hf_momentum.optim.tam import tam_update_ as pure
+        >>> rule(pure) is tam_update_
         True
-        >>> rule("tam_update_", [[torch.zeros(3, dtype=torch.float16)]]), rule("no_such_rule_", [])
-        (None, None)
     """
-    found = _RULES.get(name)
-    for number, tensors in enumerate(states):
-        if isinstance(tensors, Reduced):
-            continue
-        dtypes = {x.dtype for x in tensors}
-        previous = name == "squared_changes_" and number == 0
-        if len(dtypes) > 1 or str(*dtypes) not in ("torch.float32", "torch.bfloat16" if previous else ""):
-            return None
-        if not all(x.is_contiguous() for x in tensors):
-            return None
-    return found
+    return _RULES[function.__name__]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -112,6 +112,8 @@ class Work:
         divide_change: whether the difference of gradients is divided by Adam's denominators too.
         written: whether the pass writes `first` and `squares`.
         skip: 0-dim; where it is not 0 the pass writes nothing. None: it writes.
+        tables: pointers that an earlier pass over the same lists has looked up, by the identity of the list; the lists
+            stay alive as long as it does.
     """
 
     grads: Gradients | None = None
@@ -131,6 +133,7 @@ class Work:
     divide_change: bool = False
     written: bool = True
     skip: Tensor | None = None
+    tables: dict[int, Any] | None = None
 
     def pieces(self) -> Sequence[Tensor]:
         """Tensors of the dtype and the shapes that the pass goes over."""

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from hf_momentum.kernels import SMALLEST, choice
 from hf_momentum.optim.arguments import check_common
 from hf_momentum.optim.piece_state import PieceState
-from hf_momentum.optim.step import Bucket, Clip, GroupVectors, Step, compute_dtype
+from hf_momentum.optim.step import Bucket, Clip, GroupVectors, Plan, Step, compute_dtype
 from hf_momentum.sharding import (
     Holder,
     Layout,
@@ -44,21 +45,30 @@ class _Known:
     Attributes:
         ids: of the parameters, by which it knows that they are the same.
         layout: how they lie.
-        active, buckets, state_dtypes: which had a gradient in the last step, how that one was sorted and by which
-            settings; empty unless all of it is whole tensors that kernels take.
+        active, buckets: which had a gradient in the last step and how that one was sorted; no buckets unless all of it
+            is whole tensors that kernels take.
+        idle: the parameters without a gradient in it.
+        states: the identities of all state dictionaries, by which those in the buckets are known to be current.
+        state_dtypes: of the groups, by which the buckets were sorted.
     """
 
     ids: list[int]
     layout: Layout
     active: Sequence[Sequence[int]] = ()
     buckets: Sequence[Bucket] = ()
+    idle: Sequence[Tensor] = ()
+    states: Sequence[int] = ()
     state_dtypes: Sequence[str] = ()
 
-    def keep(self, active: Sequence[Sequence[int]], buckets: Sequence[Bucket], state_dtypes: Sequence[str]) -> None:
-        """Keep the buckets of a step for the next one, without its gradients and its state."""
+    def keep(self, active: Sequence[Sequence[int]], buckets: Sequence[Bucket], groups: list[dict[str, Any]]) -> None:
+        """Keep the buckets of a step for the next one, without its gradients."""
         whole = all(bucket.fused and not any(isinstance(x, DTensor) for x in bucket.holders) for bucket in buckets)
-        self.active, self.state_dtypes = active if whole else (), state_dtypes
-        self.buckets = [replace(bucket, raw_grads=[], states=[]) for bucket in buckets] if whole else ()
+        self.active, self.buckets, self.states = active, (), ()
+        if whole:
+            self.buckets = [replace(bucket, raw_grads=[], tables={}) for bucket in buckets]
+        self.state_dtypes = [group["state_dtype"] for group in groups]
+        pairs = zip(groups, active, strict=True)
+        self.idle = [p for group, at in pairs for i, p in enumerate(group["params"]) if i not in set(at)]
 
 
 _SAID: "weakref.WeakSet[MomentumOptimizer]" = weakref.WeakSet()
@@ -262,13 +272,13 @@ class MomentumOptimizer(torch.optim.Optimizer):
             active = [partitions.active[number] for number in numbers]
         else:
             groups, numbers, holders, active = self.param_groups, list(range(len(self.param_groups))), [], []
+            again = self._same_buckets(groups)
+            if again is not None and self._layout is not None:
+                vectors = self._vectors(layout, groups, numbers, self._layout.active, again[0].device)
+                buckets = [replace(bucket, vectors=vectors[bucket.index], clip=clip, tables={}) for bucket in again]
+                return Step(groups, vectors, buckets, numbers, layout, self._clipping, clip), holders
             for group in groups:
                 active.append(tuple(i for i, param in enumerate(group["params"]) if param.grad is not None))
-            again = self._same_buckets(groups, active)
-            if again is not None:
-                vectors = self._vectors(layout, groups, numbers, active, again[0].device)
-                buckets = [replace(bucket, vectors=vectors[bucket.index], clip=clip) for bucket in again]
-                return Step(groups, vectors, buckets, numbers, layout, self._clipping, clip), holders
             for number, positions in enumerate(active):
                 for i in positions:
                     param = groups[number]["params"][i]
@@ -278,7 +288,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
         vectors = self._vectors(layout, groups, numbers, active, holders[0].tensor.device)
         buckets = self._buckets(groups, numbers, vectors, holders, clip)
         if self._layout is not None:
-            self._layout.keep(active, buckets, [group["state_dtype"] for group in groups])
+            self._layout.keep(active, buckets, groups)
         return Step(groups, vectors, buckets, numbers, layout, self._clipping, clip), holders
 
     @staticmethod
@@ -294,18 +304,24 @@ class MomentumOptimizer(torch.optim.Optimizer):
             for group, number, positions in zip(groups, numbers, active, strict=True)
         ]
 
-    def _same_buckets(self, groups: list[dict[str, Any]], active: Sequence[Sequence[int]]) -> list[Bucket] | None:
+    def _same_buckets(self, groups: list[dict[str, Any]]) -> list[Bucket] | None:
         """The last step's buckets with the gradients of this one, if they still fit; sorting 400 tensors takes long."""
-        dtypes = [group["state_dtype"] for group in groups]
-        if self._layout is None or self._layout.active != active or self._layout.state_dtypes != dtypes:
+        known = self._layout
+        if known is None or known.state_dtypes != [group["state_dtype"] for group in groups]:
             return None
+        if not all(param.grad is None for param in known.idle):
+            return None
+        same = known.states == list(map(id, self.state.values()))
         found = []
-        for bucket in self._layout.buckets:
-            group, grads = groups[bucket.index], [param.grad for param in bucket.holders if param.grad is not None]
+        for bucket in known.buckets:
+            group, grads = groups[bucket.index], list(map(attrgetter("grad"), bucket.holders))
             if group["fused"] is False or not choice.takes(bucket.params, grads):
                 return None
-            states = [self.state[param] for param in bucket.holders]
+            states = bucket.states if same else [self.state[param] for param in bucket.holders]
             found.append(replace(bucket, group=group, raw_grads=grads, states=states))
+        if not same:
+            known.states = list(map(id, self.state.values()))
+            known.buckets = [replace(old, states=new.states) for old, new in zip(known.buckets, found, strict=True)]
         return found or None
 
     def _buckets(
@@ -339,11 +355,12 @@ class MomentumOptimizer(torch.optim.Optimizer):
                 key = (piece.group, param.device, param.dtype, not obstacle, reduced)
                 bucket = open_buckets.get(key)
                 if bucket is None or elements[key] + param.numel() > _BUCKET_ELEMENTS:
-                    bucket = Bucket(group, vectors[index], index, clip, fused=not obstacle, reduced=reduced)
+                    plan = Plan(vectors[index].count)
+                    bucket = Bucket(group, vectors[index], index, clip, plan, fused=not obstacle, reduced=reduced)
                     open_buckets[key], elements[key] = bucket, 0
                     buckets.append(bucket)
                 elements[key] += param.numel()
-                bucket.pieces.append(piece)
+                bucket.plan.pieces.append(piece)
                 bucket.params.append(param)
                 bucket.raw_grads.append(grad)
                 bucket.holders.append(holder.tensor)

@@ -7,6 +7,8 @@ its state is stored; all of that is here.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import repeat
+from operator import attrgetter, contains, itemgetter
 from typing import Any
 
 import torch
@@ -14,9 +16,9 @@ from torch import Tensor
 
 from hf_momentum.kernels import (
     Gradients,
+    How,
     Packed,
     Reduced,
-    Rounding,
     State,
     alignment_sums,
     random_bits,
@@ -126,6 +128,39 @@ class Clip:
             self.factor = self.factor * (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0)
 
 
+@dataclass(eq=False)
+class Plan:
+    """What follows from the pieces of a bucket alone, worked out once for all steps that have the same bucket.
+
+    Attributes:
+        pieces: which part of which tensor each entry is.
+        count: the number of the group's tensors.
+    """
+
+    count: int
+    pieces: list[Piece] = field(default_factory=list)
+
+    @cached_property
+    def positions(self) -> list[int]:
+        """Each piece's tensor, by its place in the group."""
+        return [piece.position for piece in self.pieces]
+
+    @cached_property
+    def index(self) -> Tensor:
+        """The positions as a tensor in host memory."""
+        return torch.tensor(self.positions, dtype=torch.int64)
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether the pieces are those of all the group's tensors in their order."""
+        return self.positions == list(range(self.count))
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether each piece is all that its holder has."""
+        return all(piece.start is None for piece in self.pieces)
+
+
 @dataclass(frozen=True)
 class Bucket:
     """Pieces of tensors of one group that have a gradient and share a device and a dtype, ready for `_foreach` calls.
@@ -135,7 +170,7 @@ class Bucket:
         vectors: what the group keeps for each tensor.
         index: the group's place among the step's groups.
         clip: what this step's gradients are multiplied by; shared by all buckets.
-        pieces: which part of which tensor each entry is.
+        plan: which part of which tensor each entry is.
         params: the pieces themselves; whole tensors where nothing is sharded.
         raw_grads: their gradients as they are; `gradients()` gives what a rule works on.
         holders: the tensors that hold the pieces, whose shape the state has.
@@ -143,13 +178,14 @@ class Bucket:
         states: the state dictionaries of the holders.
         fused: whether kernels may take it; `apply` and the sums choose by it, and nothing else does.
         reduced: whether its momenta and second moments are stored as the group's `state_dtype` says.
+        tables: pointers that a kernel has looked up in this step, for the next one.
     """
 
     group: dict[str, Any]
     vectors: GroupVectors
     index: int
     clip: Clip
-    pieces: list[Piece] = field(default_factory=list)
+    plan: Plan
     params: list[Tensor] = field(default_factory=list)
     raw_grads: list[Tensor] = field(default_factory=list)
     holders: list[Tensor] = field(default_factory=list)
@@ -157,6 +193,12 @@ class Bucket:
     states: list[dict[str, Any]] = field(default_factory=list)
     fused: bool = False
     reduced: bool = False
+    tables: dict[int, Any] = field(default_factory=dict)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """Which part of which tensor each entry is."""
+        return self.plan.pieces
 
     @property
     def device(self) -> torch.device:
@@ -179,14 +221,10 @@ class Bucket:
                 as it is.
             gradients: False for an update that takes none, and leaves the state as it is.
             numbers: hyperparameters.
-
-        Raises:
-            RuntimeError: the group insists on kernels, and a state tensor is of another dtype or layout than they take.
         """
-        kernel = self._kernel(update, arguments)
-        if kernel is not None:
+        if self.fused:
             grads = [self._unformed()] if gradients else []
-            kernel(self.params, *grads, *self._chosen(arguments), **numbers, rounding=self._rounding())
+            rule(update)(self.params, *grads, *self._chosen(arguments), **numbers, how=self._how())
             return
         weights = self.weights()
         values = self._decoded(arguments)
@@ -214,10 +252,9 @@ class Bucket:
             written: False if it leaves state in fewer bits as it is.
             numbers: hyperparameters.
         """
-        kernel = self._kernel(function, arguments)
-        if kernel is not None:
+        if self.fused:
             grads = self._unformed(decayed, factor)
-            found: Tensor = kernel(grads, *self._chosen(arguments), **numbers, rounding=self._rounding())
+            found: Tensor = rule(function)(grads, *self._chosen(arguments), **numbers, how=self._how())
             return found
         values = self._decoded(arguments)
         found = function(self.decayed_gradients() if decayed else self.gradients(factor), *values, **numbers)
@@ -227,31 +264,17 @@ class Bucket:
 
     def alignment_sums(self, xs: State) -> Tensor:
         """`<x, g>, <x, x>, <g, g>` of each piece and its gradient with coupled decay, `[pieces, 3]`."""
-        kernel = self._kernel(alignment_sums, [xs])
-        if kernel is None:
+        if not self.fused:
             return alignment_sums(self._decoded([xs])[0], self.decayed_gradients())
-        sums: Tensor = kernel(self._unformed(), xs)
+        sums: Tensor = rule(alignment_sums)(self._unformed(), xs, how=self._how())
         return sums
 
     def squared_norms(self) -> Tensor:
         """`<g, g>` of each piece's gradient, without weight decay, `[pieces, 1]`."""
-        kernel = self._kernel(squared_norms, [])
-        sums: Tensor = squared_norms(self.gradients())[:, None] if kernel is None else kernel(self._unformed(False))
-        return sums
-
-    def _kernel(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any] | None:
-        """The kernel that stands in for a function on lists, if this bucket and this state can have it."""
         if not self.fused:
-            return None
-        states = [x for x in arguments if isinstance(x, Reduced) or (isinstance(x, list) and x)]
-        kernel = rule(function.__name__, states)
-        if kernel is None and self.group["fused"]:
-            raise RuntimeError(
-                f"fused=True, but there is no kernel {function.__name__} for the state of group {self.index}; kernels "
-                "take contiguous tensors of the group's state_dtype. Let fused be None, or load a state that this "
-                "package saved"
-            )
-        return kernel
+            return squared_norms(self.gradients())[:, None]
+        sums: Tensor = rule(squared_norms)(self._unformed(False), how=self._how())
+        return sums
 
     def _unformed(self, decayed: bool = True, factor: Tensor | float = 1.0) -> Gradients:
         """What `decayed_gradients()` forms, for kernels that form it on the way."""
@@ -264,18 +287,12 @@ class Bucket:
         return [self._each(x.double()) if isinstance(x, Tensor) else x for x in arguments]
 
     def _each(self, values: Tensor) -> Tensor:
-        if values.dim() == 0 or self._in_order:
+        if values.dim() == 0 or self.plan.in_order:
             return values
-        positions = [piece.position for piece in self.pieces]
         if values.device.type == "cpu":
-            return values[positions]
+            return values[self.plan.index]
         rows = values.unbind()  # an index would be copied to the device and waited for
-        return torch.stack([rows[position] for position in positions])
-
-    @cached_property
-    def _in_order(self) -> bool:
-        """Whether the pieces are those of all the group's tensors in their order."""
-        return [piece.position for piece in self.pieces] == list(range(self.vectors.count))
+        return torch.stack([rows[position] for position in self.plan.positions])
 
     def scalars(self, values: Tensor) -> Tensor | list[Tensor]:
         """`values`, 0-dim or one per tensor of the group, as `_foreach` functions take them for this bucket."""
@@ -297,6 +314,22 @@ class Bucket:
         """
         reduced = self.reduced and dtype is None
         stored = dtype or (torch.bfloat16 if reduced and self.group["state_dtype"] == "bfloat16" else self.dtype)
+        parts = self._ready(name, stored)
+        if parts is None:
+            parts = self._made(name, dtype, stored, positive)
+        if not reduced:
+            return parts
+        return Reduced(parts, [p.shape for p in self.params], self._each(self.vectors.seeds()), positive)
+
+    def _ready(self, name: str, stored: torch.dtype) -> list[Any] | None:
+        """The tensors `name` where all are there as they should be; a few passes in C over all of them."""
+        if not self.plan.whole or not all(map(contains, self.states, repeat(name))):
+            return None
+        found = list(map(itemgetter(name), self.states))
+        ready = set(map(type, found)) == {Tensor} and set(map(attrgetter("dtype"), found)) == {stored}
+        return found if ready and all(map(Tensor.is_contiguous, found)) else None
+
+    def _made(self, name: str, dtype: torch.dtype | None, stored: torch.dtype, positive: bool) -> list[Any]:
         parts: list[Any] = []
         for piece, holder, state, siblings in zip(self.pieces, self.holders, self.states, self.siblings, strict=True):
             if dtype is None and self._by_pieces(piece):
@@ -310,10 +343,10 @@ class Bucket:
             elif isinstance(value, PieceState) or value.dtype is not stored:  # loaded, or the group was changed
                 value = value.expanded() if isinstance(value, PieceState) else value
                 value = state[name] = value.to(stored)
+            if self.fused and not piece.of(value).is_contiguous():
+                value = state[name] = value.contiguous()
             parts.append(piece.of(value))
-        if not reduced:
-            return parts
-        return Reduced(parts, [p.shape for p in self.params], self._each(self.vectors.seeds()), positive)
+        return parts
 
     def _by_pieces(self, piece: Piece) -> bool:
         """Whether the state of a piece has a place of its own, because its holder's storage cannot be its own."""
@@ -383,17 +416,21 @@ class Bucket:
         """Write updated `weights` back, rounding once to the parameters' dtype: to nearest, or at random."""
         if weights is self.params:
             return
-        rounding = self._rounding()
-        if rounding.seeds is None:
+        chosen = self._weight_seeds()
+        if chosen is None:
             torch._foreach_copy_(self.params, weights)
             return
-        for param, weight, seed in zip(self.params, weights, rounding.seeds.unbind(), strict=True):
+        for param, weight, seed in zip(self.params, weights, chosen.unbind(), strict=True):
             param.copy_(to_bfloat16(weight, random_bits(seed, weight.numel(), weight.device)))
 
-    def _rounding(self) -> Rounding:
+    def _weight_seeds(self) -> Tensor | None:
+        """For weights that are rounded at random."""
         if not (self.group["stochastic_rounding"] and self.params[0].dtype == torch.bfloat16):
-            return Rounding(skip=self.clip.skip)
-        return Rounding(weight_seed(self._each(self.vectors.seeds())), self.clip.skip)
+            return None
+        return weight_seed(self._each(self.vectors.seeds()))
+
+    def _how(self) -> How:
+        return How(self._weight_seeds(), self.clip.skip, self.tables)
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:
@@ -486,11 +523,14 @@ class Step:
 
     def sum_over(self, name: str) -> Tensor:
         """The sum of the groups' vectors `name` over all tensors that have a gradient in this step; 0-dim."""
-        entries: list[Tensor] = []
+        sums = []
         for vectors in self.vectors:
-            rows = vectors.get(name).unbind()
-            entries += [rows[i] for i in vectors.active]
-        return torch.stack(entries).sum()
+            vector = vectors.get(name)
+            if len(vectors.active) < len(vector):
+                rows = vector.unbind()
+                vector = torch.stack([rows[i] for i in vectors.active]) if vectors.active else vector[:0]
+            sums.append(vector)
+        return torch.cat(sums).sum()
 
     def totals(self, rows: Sequence[Tensor], width: int) -> list[Tensor]:
         """Sums over tensors from sums over pieces; the one communication of a step.
@@ -504,12 +544,13 @@ class Step:
         Returns:
             For each group a `[tensors, width]` table, the same on every process; zeros for tensors without a gradient.
         """
+        if len(self.layout.counts) == len(self.buckets) == 1 and self.buckets[0].plan.in_order:
+            return self._by_group(self.layout.totals(rows[0].to(self.device)))
         first = [sum(self.layout.counts[:number]) for number in range(len(self.layout.counts))]
         empty = torch.zeros(sum(self.layout.counts), width, dtype=sum_dtype(self.device), device=self.device)
         if self.device.type == "cpu":  # where an index is no transfer
             for bucket, sums in zip(self.buckets, rows, strict=True):
-                at = torch.tensor([first[piece.group] + piece.position for piece in bucket.pieces])
-                empty.index_copy_(0, at, sums.to(self.device))
+                empty.index_copy_(0, bucket.plan.index + first[self.numbers[bucket.index]], sums.to(self.device))
             return self._by_group(self.layout.totals(empty))
         lines = list(empty)
         for bucket, sums in zip(self.buckets, rows, strict=True):

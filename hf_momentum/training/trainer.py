@@ -51,7 +51,7 @@ class MomentumTrainer(Trainer):
     are logged with the loss; a non-finite loss stops the run at once, before the weights move, and weights that are
     not finite are never saved; evaluating before training leaves the processes synchronised; AHB's optimizers take
     their gradient differences before gradients are clipped; this package's optimizers clip inside their step where
-    nothing else has to (`clips_inside`), which makes a pass over the gradients less; a function can look at the prepared
+    nothing else has to (`clips_inside`), which makes one pass less; a function can look at the prepared
     model before its first step, also where it is sharded; `save_model` writes whole weights from shards; a launch whose
     sharding Accelerate left out is refused; and a checkpoint is declared complete in its last moment, so that resuming
     passes over one that a dying process left half written.
