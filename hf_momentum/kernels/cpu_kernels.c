@@ -112,7 +112,7 @@ INLINE void *at(void *x, i64 i, const int kind) { return (char *)x + i * (kind =
 static void decode_signed(const i8 *codes, float scale, i64 count, float *x) {
     for (i64 i = 0; i < count; i++) {
         float q = codes[i];
-        x[i] = scale * (q * __builtin_fabsf(q) / 16129.0f);
+        x[i] = scale * (q * __builtin_fabsf(q) * (1.0f / 16129.0f));
     }
 }
 
@@ -122,15 +122,19 @@ static void encode_signed(const float *x, const u32 *bits, i64 count, i8 *codes,
         u32 magnitude = as_bits(x[i]) & 0x7fffffffu;
         most = magnitude > most ? magnitude : most; /* NaN is larger than every number */
     }
+    if (most < (27u << 23)) most = 0; /* below 2^-100, where 16129 / largest might overflow */
     float largest = *scale = as_float(most >= 0x7f800000u ? 0x7fc00000u : most);
     if (!(largest > 0.0f)) {
         for (i64 i = 0; i < count; i++) codes[i] = 0;
         return;
     }
+    float factor = 16129.0f / largest;
     for (i64 i = 0; i < count; i++) {
-        float y = __builtin_fabsf(x[i]) / largest * 16129.0f, low = (float)(int)__builtin_sqrtf(y);
-        float share = (y - low * low) / (2.0f * low + 1.0f), random = (float)(int)(bits[i] & 0xffffu) * 0x1p-16f;
-        int q = (int)low + (share > random);
+        /* between low^2 and (low + 1)^2: up if the share of the way is more than a random number */
+        float y = __builtin_fabsf(x[i]) * factor, low = (float)(int)__builtin_sqrtf(y);
+        float random = (float)(int)(bits[i] & 0xffffu) * 0x1p-16f;
+        int q = (int)low + (y - low * low > random * (2.0f * low + 1.0f));
+        q = q > 127 ? 127 : q;
         codes[i] = (i8)(x[i] < 0.0f ? -q : q);
     }
 }

@@ -126,7 +126,7 @@ class Packed:
         blocks = _in_blocks(self.codes)
         if not self.positive:
             q = blocks.float()
-            return (self.scales[:, None] * (q * q.abs() / _LEVELS**2)).reshape(-1)[: len(self.codes)]
+            return (self.scales[:, None] * (q * q.abs() * (1 / _LEVELS**2))).reshape(-1)[: len(self.codes)]
         bits = self.scales[:, :1] + (blocks.to(torch.int32) << self.scales[:, 1:])
         return bits.view(torch.float32).reshape(-1)[: len(self.codes)]
 
@@ -147,12 +147,14 @@ class Packed:
     def _signed_codes(self, x: Tensor, bits: Tensor | None) -> Tensor:
         largest = x.abs().amax(1)  # NaN if any is
         largest = torch.where(largest.isfinite(), largest, torch.full_like(largest, torch.nan))
+        largest = torch.where(largest < 2.0**-100, 0.0, largest)  # there 127^2 / largest might overflow
         self.scales.copy_(largest)
-        y = torch.where(largest[:, None] > 0, x.abs() / largest[:, None], 0.0) * _LEVELS**2
+        y = torch.where(largest[:, None] > 0, x.abs() * (_LEVELS**2 / largest[:, None]), 0.0)
         low = y.sqrt().floor()
-        share = (y - low * low) / (2 * low + 1)  # of the way from low^2 to (low + 1)^2
-        up = share > (0.5 if bits is None else (bits & 0xFFFF).float() * 2.0**-16)
-        return torch.where(x < 0, -(low + up), low + up)
+        share = 0.5 if bits is None else (bits & 0xFFFF).float() * 2.0**-16
+        # Between low^2 and (low + 1)^2: up if the share of the way is more than a random number.
+        q = (low + (y - low * low > share * (2 * low + 1))).clamp(max=_LEVELS)
+        return torch.where(x < 0, -q, q)
 
     def _positive_codes(self, x: Tensor, noise: Tensor | None) -> Tensor:
         bits = x.view(torch.int32) & 0x7FFFFFFF  # as integers NaN and inf are larger than every number

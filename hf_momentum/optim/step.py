@@ -314,7 +314,8 @@ class Bucket:
         """
         reduced = self.reduced and dtype is None
         stored = dtype or (torch.bfloat16 if reduced and self.group["state_dtype"] == "bfloat16" else self.dtype)
-        parts = self._ready(name, stored)
+        packed = reduced and self.group["state_dtype"] == "int8"
+        parts = None if packed else self._ready(name, stored)
         if parts is None:
             parts = self._made(name, dtype, stored, positive)
         if not reduced:
