@@ -4,6 +4,8 @@ The truth is float64 (`exact`), or the plain torch of rounding.py where bits are
 """
 
 import os
+import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -388,6 +390,35 @@ def test_tensors_on_several_devices_are_refused():
     one, other = [torch.zeros(3)], [torch.zeros(3, device="meta")]
     with pytest.raises(ValueError, match=r"one pass takes tensors on one device, got \['cpu', 'meta'\]"):
         cuda.launch("alignment_sums", Work(Gradients(one, one), first=other), 3)
+    with pytest.raises(ValueError, match="CPU tensors under TRITON_INTERPRET=1 and no others, got some on meta"):
+        cuda.launch("squared_norms", Work(Gradients(other, other)), 1)
+
+
+def test_the_tables_have_the_rows_that_programs_read():
+    from hf_momentum.kernels import rounding
+    from hf_momentum.kernels import triton_kernels as programs
+
+    assert programs._Addresses._fields == cuda._ROLES
+    assert programs._Numbers._fields[: len(cuda._NUMBERS)] == cuda._NUMBERS
+    assert programs._BLOCK.value == rounding.BLOCK
+    assert programs._OCTAVES.value == rounding.OCTAVES << 23
+
+
+def test_why_they_are_not_available_is_told(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("Failed to find C compiler\nsecond line")
+
+    assert cuda.available() == (True, "")
+    monkeypatch.setattr(cuda, "_made", broken)
+    told = "Triton does not run here (RuntimeError: Failed to find C compiler)"
+    assert cuda.available.__wrapped__() == (False, told)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    there, why_not = cuda.available.__wrapped__()
+    assert not there
+    assert re.fullmatch(r"Triton cannot be imported \(.*triton.*\); install triton", why_not)
+    monkeypatch.setattr(cuda, "available", cuda.available.__wrapped__)
+    with pytest.raises(RuntimeError, match="the Triton kernels are not available: Triton cannot be imported"):
+        cuda.launch("squared_norms", Work(Gradients([], [])), 1)
 
 
 @pytest.fixture
@@ -408,6 +439,30 @@ def test_an_unchanged_list_is_not_copied_again(copies):
     moved = [torch.full((3,), 2.0)]
     assert cuda.launch("alignment_sums", Work(Gradients(moved, moved), first=m), 3).tolist() == [[6, 3, 12]]
     assert len(copies) == 6
+
+
+def test_only_tensors_at_multiples_of_16_bytes_are_said_to_be_aligned(monkeypatch):
+    """The interpreter does not mind; a GPU faults on a wide load elsewhere."""
+    from hf_momentum.kernels import triton_kernels as programs
+
+    told, one_pass = {}, programs.one_pass
+
+    class Recorder:
+        def __getitem__(self, grid):
+            def launch(owners, *arguments, ALIGNED, **forms):
+                base = arguments[8]
+                told.setdefault(ALIGNED, []).extend(owners[base : base + grid[0]].tolist())
+                return one_pass[grid](owners, *arguments, ALIGNED=ALIGNED, **forms)
+
+            return launch
+
+    monkeypatch.setattr(programs, "one_pass", Recorder())
+    flat = numbers(1, 20000)
+    g = [flat[shift : shift + 9000] for shift in range(6)]
+    m = [numbers(2, 9000) for _ in g]
+    m[4] = numbers(2, 9001)[1:]
+    cuda.launch("alignment_sums", Work(Gradients(g, g), first=m), 3)
+    assert told == {True: [0, 0], False: [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]}
 
 
 def test_a_captured_graph_has_tables_of_its_own(copies, monkeypatch):

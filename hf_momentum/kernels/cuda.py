@@ -15,11 +15,11 @@ Under TRITON_INTERPRET=1 the same code takes CPU tensors, as slowly as tests can
 import functools
 import itertools
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ _ROWS = 512
 # The rows of the tables that programs read.
 _ROLES = ("weights", "grads", "first", "squares", "previous", "first_scales", "squares_scales")
 _KINDS = {"STATE": "first", "SQUARES": "squares", "PREVIOUS": "previous"}
-_NUMBERS = ("sign", "keep", "enter", "rate", "shrink", "unbias", "weight_seeds", "state_seeds")
+_NUMBERS = ("sign", "keep", "enter", "rate", "shrink", "unbias", "weight_seed", "state_seed")
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ def available() -> tuple[bool, str]:
 
 # ---- tables on the device -------------------------------------------------------------------------------------------
 
+_T = TypeVar("_T")
+
 _captured: list[Tensor] = []  # pinned memory that CUDA graphs read at every replay
 
 
@@ -111,13 +113,13 @@ def _copied(host: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def _remembered(function: Callable[..., Any], device: torch.device, *key: Any) -> Any:
+def _remembered(function: "functools._lru_cache_wrapper[_T]", device: torch.device, *key: Any) -> _T:
     """`function(*key, device, stream)` out of its cache, but made anew for a CUDA graph.
 
     What one stream has been told to copy another must not read: so a stream is part of the key.
     """
     if _capturing(device):
-        return function.__wrapped__(*key, device, 0)  # type: ignore[attr-defined]
+        return function.__wrapped__(*key, device, 0)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return function(*key, device, stream)
 
@@ -227,7 +229,7 @@ def _seeds(work: Work) -> dict[str, Tensor | None]:
     """The seeds for what is rounded at random: bfloat16 weights if told so, and reduced state."""
     bfloat16 = bool(work.weights) and work.pieces()[0].dtype == torch.bfloat16
     reduced = [state.seeds for state in (work.first, work.squares) if isinstance(state, Reduced)]
-    return {"weight_seeds": work.seeds if bfloat16 else None, "state_seeds": reduced[0] if reduced else None}
+    return {"weight_seed": work.seeds if bfloat16 else None, "state_seed": reduced[0] if reduced else None}
 
 
 def _device(lists: Sequence[Sequence[Tensor]]) -> torch.device:
@@ -269,10 +271,12 @@ def _made(name: str, work: Work, width: int) -> Tensor:
     from hf_momentum.kernels import triton_kernels as programs
 
     kernel, roles, seeds, tensors = _KERNELS[name], _roles(work), _seeds(work), len(work.pieces())
-    forms = {**_forms(kernel, work, roles, seeds["weight_seeds"] is not None), "WIDTH": width}
+    forms = {**_forms(kernel, work, roles, seeds["weight_seed"] is not None), "WIDTH": width}
     sizes = {"CHUNK": _CHUNK, "TILE": _TILE, "num_warps": _WARPS}
     scalars = (work.grads.decay if work.grads else 0.0, work.beta2, 1.0 - work.beta2, work.eps)
     device = _device(list(roles.values()))
+    if (device.type == "cpu") != programs.INTERPRETED:
+        raise ValueError(f"Triton takes CPU tensors under TRITON_INTERPRET=1 and no others, got some on {device}")
     guard: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with guard:
         table, chunks = _tables(list(roles.values()), tuple(map(Tensor.numel, work.pieces())), device)
@@ -305,7 +309,7 @@ def launch(kernel: str, work: Work, width: int) -> Tensor:
 
     Raises:
         RuntimeError: the kernels are not available.
-        ValueError: the tensors lie on several devices.
+        ValueError: the tensors lie on several devices, or not on one that Triton runs on.
 
     Example:
         >>> m, g = [torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 0.0])]

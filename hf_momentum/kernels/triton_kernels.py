@@ -33,6 +33,9 @@ KINDS = {
 }
 """How Triton calls the storage of elements; int8 and uint8 stand for the formats of rounding.py."""
 
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Whether the kernels of this process are interpreted, on CPU tensors."""
+
 NORM, ALIGNMENT, CHANGE, UPDATE = (tl.constexpr(i) for i in range(4))
 """Values of `RULE`: three that form sums of what is there, and the update of state and weights."""
 
