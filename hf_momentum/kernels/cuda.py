@@ -81,10 +81,11 @@ def available() -> tuple[bool, str]:
         import triton
     except ImportError as error:
         return False, f"Triton cannot be imported ({error}); install triton"
-    if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):
-        return False, "no CUDA device found"
-    one = [torch.ones(1, device="cpu" if triton.knobs.runtime.interpret else "cuda")]
     try:
+        interpreted = triton.knobs.runtime.interpret
+        if not (interpreted or torch.cuda.is_available()):
+            return False, "no CUDA device found"
+        one = [torch.ones(1, device="cpu" if interpreted else "cuda")]
         _made("squared_norms", Work(grads=Gradients(one, one), written=False), 1)
     except Exception as error:  # Triton compiles for this very device and has no common class for what may go wrong
         reason = (str(error).strip().splitlines() or [""])[0]
