@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_momentum.kernels import choice, cuda
+from hf_momentum.kernels import choice, cuda, rules
 from hf_momentum.kernels.rounding import packed_zeros, random_bits, to_bfloat16
-from hf_momentum.kernels.rules import Rounding, rule
+from hf_momentum.kernels.rules import How
 from hf_momentum.kernels.work import Gradients, Reduced, Work
 
 pytestmark = [
@@ -480,7 +480,7 @@ def test_the_rules_run_on_them(monkeypatch):
     results = []
     for _ in range(2):
         w, g, m = Fragments(1, torch.bfloat16), Fragments(2, torch.bfloat16), Fragments(3)
-        step = rule("tam_update_", [m])
+        step = rules.tam_update_
         step(
             w,
             Gradients(g, w),
@@ -489,7 +489,7 @@ def test_the_rules_run_on_them(monkeypatch):
             lr=0.1,
             momentum=0.9,
             weight_decay=0.1,
-            rounding=Rounding(SEEDS),
+            how=How(SEEDS),
         )
         results.append([*w, *m])
         monkeypatch.undo()

@@ -23,7 +23,7 @@ class How:
     Attributes:
         seeds: one per tensor, to round bfloat16 weights stochastically; None rounds to nearest.
         skip: 0-dim on the tensors' device; where it is not 0 nothing is written. None: it is.
-        tables: pointers that an earlier pass over the same lists has looked up, by the identity of the list; None: none.
+        tables: pointers that an earlier pass over the same lists has looked up, by the identity of the list; or None.
     """
 
     seeds: Tensor | None = None

@@ -48,6 +48,7 @@ _BLOCK = tl.constexpr(128)  # elements that share a scale: rounding.BLOCK
 _INFINITY = tl.constexpr(0x7F800000)
 _NAN = tl.constexpr(0x7FC00000)
 _OCTAVES = tl.constexpr(12 << 23)  # rounding.OCTAVES, in the bits of a float32
+_SMALLEST = tl.constexpr(27 << 23)  # 2^-100
 
 
 # ---- what a program works on ----------------------------------------------------------------------------------------
@@ -184,21 +185,22 @@ def _by_element(x):
 @triton.jit
 def _decode_signed(codes, scales, tile):
     q = _read(codes, tile)
-    return _by_element(tl.load(scales + tile.k, mask=tile.there, other=0.0)) * tl.div_rn(q * tl.abs(q), 16129.0)
+    return _by_element(tl.load(scales + tile.k, mask=tile.there, other=0.0)) * (q * tl.abs(q) * (1.0 / 16129.0))
 
 
 @triton.jit
 def _encode_signed(codes, scales, tile, x, bits):
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # as integers NaN and inf are larger than every number
     most = tl.max(_by_block(_only(tile, magnitude, 0)), axis=1)
+    most = tl.where(most < _SMALLEST, 0, most)  # where 16129 / largest might overflow
     largest = tl.where(most >= _INFINITY, _NAN, most).to(tl.float32, bitcast=True)
     tl.store(scales + tile.k, largest, mask=tile.there)
-    largest = _by_element(largest)
-    y = tl.div_rn(tl.abs(x), largest) * 16129.0  # correctly rounded: more than 16129 would not fit
+    # Between low^2 and (low + 1)^2: up if the share of the way is more than a random number.
+    y = tl.abs(x) * _by_element(tl.div_rn(16129.0, largest))
     low = tl.floor(tl.sqrt(y))
-    share = (y - low * low) / (2.0 * low + 1.0)  # of the way from low^2 to (low + 1)^2
-    up = share > (bits & 0xFFFF).to(tl.float32) * (1.0 / 65536.0)
-    q = tl.where(largest > 0.0, low + up.to(tl.float32), 0.0)
+    random = (bits & 0xFFFF).to(tl.float32) * (1.0 / 65536.0)
+    q = tl.minimum(low + (y - low * low > random * (2.0 * low + 1.0)).to(tl.float32), 127.0)
+    q = tl.where(_by_element(largest) > 0.0, q, 0.0)
     tl.store(codes + tile.i, tl.where(x < 0.0, -q, q).to(tl.int8), mask=tile.inside)
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_momentum.kernels import SMALLEST, choice
@@ -77,6 +78,10 @@ _SAID: "weakref.WeakSet[MomentumOptimizer]" = weakref.WeakSet()
 # A bucket is closed once it holds this many elements, which bounds the temporaries of an update (256 MiB of
 # float32 each) unless one piece alone is larger.
 _BUCKET_ELEMENTS = 2**26
+
+
+def _copied(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in group.items()}
 
 
 def _undo_where(skip: Tensor, groups: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
@@ -146,6 +151,9 @@ class MomentumOptimizer(torch.optim.Optimizer):
                 )
         self._given.append([weakref.ref(param) for param in group["params"]])
 
+    # torch.compile breaks its graph here and runs the step as it is: the kernels are fast already, and what lies around
+    # them (which tensors have a gradient, pointers) is not for tracing. torch's own `zero_grad` is marked like this.
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Perform one update.
@@ -173,7 +181,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
         skip = step.clip.skip
         if skip is not None and not all(bucket.fused for bucket in step.buckets) and bool(skip):
             return loss
-        before = [dict(group) for group in step.groups] if skip is not None else []
+        before = [_copied(group) for group in step.groups] if skip is not None else []
         self._update(step)
         self.grad_norm = step.clip.norm
         if skip is not None:

@@ -61,8 +61,7 @@ class GroupVectors:
 
     def put(self, name: str, values: Tensor, initial: float = 0.0) -> Tensor:
         """Store the entries of `values` for the tensors that have a gradient; the others keep theirs."""
-        self.group[name] = vector = merged(self.get(name, initial), self.active, values)
-        return vector
+        return keep(self.group, name, merged(self.get(name, initial), self.active, values))
 
     def count_step(self) -> Tensor:
         """How many steps each tensor has taken, this one included; kept as `steps`."""
@@ -459,6 +458,23 @@ def merged(old: Tensor, positions: Sequence[int], new: Tensor) -> Tensor:
     for position in positions:
         rows[position] = replaced[position]
     return torch.stack(rows)
+
+
+def keep(group: dict[str, Any], name: str, value: Tensor) -> Tensor:
+    """Store a number that evolves in a group; in place, so that a captured CUDA graph finds there what it left there.
+
+    Example:
+        >>> group = {}
+        >>> first = keep(group, "s", torch.tensor(1.0))
+        >>> keep(group, "s", torch.tensor(2.0)) is first, group
+        (True, {'s': tensor(2.)})
+    """
+    old = group.get(name)
+    same = isinstance(old, Tensor) and (old.shape, old.dtype, old.device) == (value.shape, value.dtype, value.device)
+    if same and isinstance(old, Tensor):
+        return old.copy_(value)
+    group[name] = value
+    return value
 
 
 def mean_of(values: list[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_momentum.kernels import State
 from hf_momentum.optim.arguments import StateDtype, check_betas, check_bool, check_choice, check_real
 from hf_momentum.optim.base import MomentumOptimizer
-from hf_momentum.optim.step import GroupVectors, Step, mean_of
+from hf_momentum.optim.step import GroupVectors, Step, keep, mean_of
 
 Granularity = Literal["global", "tensor"]
 
@@ -181,7 +181,8 @@ def _advance_global(groups: list[dict[str, Any]], sums: Tensor) -> list[Tensor]:
     stored = [group["smoothed_cosine"].to(cos.device) for group in groups if "smoothed_cosine" in group]
     s = smoothed(stored[0] if stored else torch.zeros_like(cos), cos, groups[0]["gamma"])
     for group in groups:
-        group["cosine"], group["smoothed_cosine"] = cos, s
+        group["cosine"] = cos
+        keep(group, "smoothed_cosine", s)
     return [s] * len(groups)
 
 
