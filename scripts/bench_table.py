@@ -29,14 +29,14 @@ BYTES: dict[str, tuple[int, int]] = {
     "tam": (28, 28),
     "adatamw": (36, 36),
     "vradam": (36, 36),
-    "ahb_sgd": (32, 36),
+    "ahb_sgd": (36, 36),
     "critical_sgd": (20, 20),
     "critical_adamw": (28, 28),
 }
 # clip_grad_norm_ reads g for the norm, then reads and writes it.
 CLIP_BYTES = 12
 # Inside the step the norm costs one more read of g where no pass before the update reads it anyway.
-NORM_BYTES = {"vradam": 4, "critical_sgd": 4, "critical_adamw": 4}
+NORM_BYTES = {"critical_sgd": 4, "critical_adamw": 4}
 
 # Heading, device, shape and table of the columns of the table of steps.
 COLUMNS = (
