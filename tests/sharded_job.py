@@ -7,8 +7,8 @@
 import hashlib
 import json
 import sys
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_momentum import MomentumTrainer, MomentumTrainingArguments
 from hf_momentum.integrations.what_runs import base_optimizer
-from hf_momentum.kernels import Packed
+from hf_momentum.kernels import Packed, Reduced
 from hf_momentum.optim import MomentumOptimizer
 from hf_momentum.optim.ahb import ObservesGradients
 from hf_momentum.optim.piece_state import PieceState
@@ -113,6 +113,17 @@ def whole_weights(trainer: MomentumTrainer) -> dict[str, torch.Tensor]:
             for name, p in model.named_parameters()
             if p.requires_grad
         }
+
+
+@contextmanager
+def wrong_scale(factor: float) -> Iterator[None]:
+    """Read momenta that are stored in fewer bits as `factor` times what they are; only where no kernel runs."""
+    read = Reduced.decoded
+    Reduced.decoded = lambda state: [(1 if state.positive else factor) * value for value in read(state)]  # type: ignore
+    try:
+        yield
+    finally:
+        Reduced.decoded = read  # type: ignore
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -229,10 +240,13 @@ def run(case: dict[str, Any], processes: int, folder: Path) -> dict[str, Any]:
         result = prepare(*arguments, **keywords)
         base = base_optimizer(trainer.optimizer)
         seen["communication"], seen["base"] = Communication(base), base
+        if case.get("forgets"):  # a checkpoint without the momenta
+            base.state.clear()
         return result
 
     trainer._prepare_for_training = prepared
-    trainer.train(resume_from_checkpoint=case.get("resume"))
+    with wrong_scale(case.get("wrong_scale", 1)):
+        trainer.train(resume_from_checkpoint=case.get("resume"))
     base, communication = seen["base"], seen["communication"]
     weights = whole_weights(trainer)
     start = {name: p for name, p in model_of(size, case.get("tied", False), case.get("lora", False)).named_parameters()}

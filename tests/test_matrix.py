@@ -90,7 +90,8 @@ NAIVE = [{"label": "naive", "naive": True, "lr": 0.05}]
 # Gradients in bf16, state and sums in float32. ZeRO's weights are rounded to bf16 as well, which shows as 1e-3.
 HALF = [case(f"{name}-bf16", name, bf16=True) for name in ("tam", "vradam", "ahb_adamw")]
 HALF_TOLERANCE = 5e-3
-STRAYS = {"int8": 1.0, "bfloat16": 1.0}
+# Measured, over all layouts: 8e-3 to 2.7e-2 in eight bits, 2e-3 to 3e-3 in bfloat16.
+STRAYS = {"int8": 4e-2, "bfloat16": 5e-3}
 ALWAYS = ["tam", "adatamw-tensor", "ahb_adamw-preconditioned", "vradam", "critical_sgd-measured", "tam-lora", "naive"]
 EVERY = {e["label"]: e for e in NAMES + OPTIONS + LORA + ACCUMULATION + ODD + CLIPPED + REST + HALF + FEW_BITS + NAIVE}
 
@@ -267,7 +268,12 @@ def all_reduces(label: str, found: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize(
     ("layout", "label"),
-    [p for p in parameters(few_bits=False) if p.values[1] in [entry["label"] for entry in CLIPPED]],
+    [
+        p
+        for p in parameters(few_bits=False)
+        if p.values[1] in [entry["label"] for entry in CLIPPED]
+        if p.values[0] != "ZeRO-0"  # DeepSpeed tells no norm there
+    ],
 )
 def test_the_logged_norm_is_that_of_one_process(layout, label, launched, single):
     """Every step was clipped, and where this package clips the norm is that before clipping."""
@@ -294,12 +300,38 @@ def test_state_in_few_bits_follows_float32_state_on_one_process(layout, label, l
     strayed = strays(folder / f"{label}.pt", single[0] / f"{label}.pt", EVERY[label]["size"])
     print(f"{layout}, {label}: strayed {strayed:.1e}")
     assert 1e-5 < strayed <= STRAYS[dtype]
-    copies: dict[Any, set[str]] = {}
-    for process in found["held"]:
-        copies.setdefault(process["shard"], set()).add(process["weights"] + process["state"])
     if what.kind in ("whole tensors", "HSDP"):
-        assert len(copies) == (1 if what.kind == "whole tensors" else 2)
-        assert all(len(digests) == 1 for digests in copies.values()), "replicas hold the same bits"
+        copies = {(process["shard"], process["weights"], process["state"]) for process in found["held"]}
+        assert len(copies) == (1 if what.kind == "whole tensors" else 2), "replicas hold the same bits"
+    if what.kind == "ZeRO-1/2":
+        assert len({process["weights"] for process in found["held"]}) == 1
+
+
+@pytest.mark.slow
+def test_the_bounds_of_few_bits_see_a_scale_that_is_wrong_by_a_tenth(tmp_path):
+    """On one process; and that another method is far outside."""
+    entries = {label: entry for label, entry in EVERY.items() if entry in FEW_BITS}
+    cases = [
+        {**entry, "optim_args": f"{entry['optim_args']},fused=false", "wrong_scale": scale, "label": f"{label}-{scale}"}
+        for label, entry in entries.items()
+        for scale in (1.0, 1.1)
+    ]
+    cases += [{**entry, **entry["alone"], "label": f"{entry['optim']}-float32"} for entry in FEW_BITS[::2]]
+    cases.append({**EVERY["vradam-int8"], **EVERY["vradam-int8"]["alone"], "optim": "ahb_adamw", "label": "another"})
+    run_job(tmp_path / "run", cases, 1, None)
+    far = {
+        case["label"]: strays(
+            tmp_path / "run" / f"{case['label']}.pt", tmp_path / "run" / f"{case['optim']}-float32.pt", "wide"
+        )
+        for case in cases[: 2 * len(entries)]
+    }
+    far["another"] = strays(tmp_path / "run" / "another.pt", tmp_path / "run" / "vradam-float32.pt", "wide")
+    print(", ".join(f"{label}: strayed {distance:.1e}" for label, distance in far.items()))
+    for label in entries:
+        bound = STRAYS[label.rpartition("-")[2]]
+        assert far[f"{label}-1.0"] <= bound
+        assert far[f"{label}-1.1"] > 2 * bound
+    assert far["another"] > 2 * STRAYS["int8"]
 
 
 def strays(one: Path, reference: Path, size: str) -> float:

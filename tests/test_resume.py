@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from hf_momentum.cli import main
+from hf_momentum.kernels import SMALLEST
 from hf_momentum.training.export import export
 from tests.launching import LAYOUTS, config_of
-from tests.test_matrix import TOLERANCE, case, relative_difference, run_job
+from tests.test_matrix import STRAYS, TOLERANCE, case, relative_difference, run_job, strays
 
 pytestmark = pytest.mark.xdist_group("two processes")
 
@@ -22,8 +24,15 @@ OPTIMIZERS = {
     "critical_sgd": case("critical_sgd", "critical_sgd", optim_args="law=critical_nesterov,curvature=measured"),
     "schedule": case("schedule", "tam", momentum_schedule="hybrid", momentum_schedule_args="switch=fraction"),
     "tam-lora": case("tam-lora", "tam", lora=True),
+    "tam-int8": case("tam-int8", "tam", size="wide", optim_args="granularity=tensor,state_dtype=int8"),
+    "adatamw-int8": case("adatamw-int8", "adatamw", size="wide", optim_args="state_dtype=int8"),
+    # Packed moments beside a previous gradient in float32.
+    "ahb_adamw-int8": case("ahb_adamw-int8", "ahb_adamw", size="wide", optim_args="state_dtype=int8"),
+    "vradam-bfloat16": case("vradam-bfloat16", "vradam", size="wide", optim_args="state_dtype=bfloat16"),
 }
-SHORT = {"fsdp2-sharded": ["tam-tensor"], "zero3": ["ahb_adamw"]}
+SHORT = {"fsdp2-sharded": ["tam-tensor", "adatamw-int8"], "zero3": ["ahb_adamw", "tam-int8"]}
+
+CONTINUED = {"zero3": [("tam-int8", 1)]}
 
 
 def straight_and_resumed(label: str, folder: Path) -> list[dict[str, Any]]:
@@ -60,6 +69,9 @@ def runs(request, tmp_path_factory):
             cases = [entry for label in labels for entry in straight_and_resumed(label, folder)]
             facts = run_job(folder, cases, 2, config_of(layout, base))
             assert not [one for one in facts.values() if "error" in one], facts
+            for label, found in facts.items():
+                dtype = next((name for name in STRAYS if name in label), None)
+                assert dtype is None or all(process["counts"][dtype][0] > SMALLEST for process in found["held"])
             done[layout] = folder
         return done[layout]
 
@@ -102,3 +114,65 @@ def test_a_checkpoint_of_two_processes_continues_on_another_number(layout, label
     print(f"{layout}, {label}, from 2 to {processes} processes: {difference:.1e}")
     assert difference <= TOLERANCE
     shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("layout", "label", "processes"),
+    [
+        pytest.param(layout, label, n, marks=[] if (label, n) in CONTINUED.get(layout, []) else [pytest.mark.slow])
+        for layout in ("fsdp2-sharded", "zero2", "zero3")
+        for label in ("tam-int8", "adatamw-int8")
+        for n in (1, 4)
+    ],
+)
+def test_an_exported_run_with_state_in_eight_bits_continues_on_another_number(layout, label, processes, runs, tmp_path):
+    """Not to 1e-6: the random bits of the rounding are dealt out by pieces, and these are other ones."""
+    folder = runs(layout)
+    checkpoint = folder / "runs" / f"{label}-straight" / f"checkpoint-{HALF}"
+    assert main(["export", str(checkpoint), str(tmp_path / "plain"), "--resumable"]) == 0
+    again = {**straight_and_resumed(label, folder)[1], "resume": str(tmp_path / "plain")}
+    config = config_of(layout, tmp_path) if processes > 1 else None
+    cases = [again, {**again, "label": "forgetful", "forgets": True}]
+    facts = run_job(tmp_path / "run", cases, processes, config)
+    found = facts[f"{label}-again"]
+    assert found["num_processes"] == len(found["held"]) == processes, facts
+    assert all(process["counts"]["int8"][0] > 0 for process in found["held"])
+    straight = folder / f"{label}-straight.pt"
+    away, forgetful = (
+        strays(tmp_path / "run" / f"{name}.pt", straight, "wide") for name in (f"{label}-again", "forgetful")
+    )
+    print(f"{layout}, {label}, from 2 to {processes} processes: strayed {away:.1e}, without momenta {forgetful:.1e}")
+    assert away <= STRAYS["int8"]
+    assert forgetful > 3 * STRAYS["int8"], "the bound must see whether the state was loaded"
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+@pytest.mark.parametrize("layout", [None, pytest.param("fsdp2-sharded", marks=pytest.mark.slow)])
+def test_a_checkpoint_of_float32_state_continues_in_eight_bits_and_the_other_way_round(layout, tmp_path):
+    """Both end near the run that keeps float32 throughout."""
+    fields = {"save_strategy": "steps", "save_steps": HALF, "max_steps": STEPS}
+    cases = []
+    for name in ("tam", "adatamw"):
+        for dtype in ("float32", "int8"):
+            options = {"size": "wide", "fields": fields, "optim_args": f"state_dtype={dtype}"}
+            cases.append(case(f"{name}-{dtype}", name, **options))
+            other = "int8" if dtype == "float32" else "float32"
+            checkpoint = tmp_path / "run" / "runs" / f"{name}-{other}" / f"checkpoint-{HALF}"
+            cases.append(case(f"{name}-to-{dtype}", name, **options, resume=str(checkpoint)))
+            cases.append({**cases[-1], "label": f"{name}-to-{dtype}-forgetful", "forgets": True})
+    cases.sort(key=lambda one: "resume" in one)
+    processes, config = (1, None) if layout is None else (2, config_of(layout, tmp_path))
+    facts = run_job(tmp_path / "run", cases, processes, config)
+    assert not [one for one in facts.values() if "error" in one], facts
+    for name in ("tam", "adatamw"):
+        for dtype in ("float32", "int8"):
+            found = facts[f"{name}-to-{dtype}"]
+            assert len(found["held"]) == processes
+            assert all(("int8" in process["counts"]) == (dtype == "int8") for process in found["held"])
+            away, forgetful = (
+                strays(tmp_path / "run" / f"{name}-to-{dtype}{end}.pt", tmp_path / "run" / f"{name}-float32.pt", "wide")
+                for end in ("", "-forgetful")
+            )
+            print(f"{layout}, {name} to {dtype}: strayed {away:.1e}, without momenta {forgetful:.1e}")
+            assert 0 < away <= STRAYS["int8"]
+            assert forgetful > 3 * STRAYS["int8"], "the bound must see whether the state was loaded"
