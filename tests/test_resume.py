@@ -32,6 +32,8 @@ OPTIMIZERS = {
 }
 SHORT = {"fsdp2-sharded": ["tam-tensor", "adatamw-int8"], "zero3": ["ahb_adamw", "tam-int8"]}
 
+# Measured: 1e-5 to 5e-3; what is forgotten shows as 0.1 and more.
+CONTINUES = 1e-2
 CONTINUED = {"zero3": [("tam-int8", 1)]}
 
 
@@ -65,7 +67,7 @@ def runs(request, tmp_path_factory):
         if layout not in done:
             base = tmp_path_factory.mktemp("resume")
             folder = base / layout
-            labels = list(dict.fromkeys(one["label"] for one in chosen if one["layout"] == layout))
+            labels = list(dict.fromkeys(one["label"] for one in chosen if one.get("layout") == layout))
             cases = [entry for label in labels for entry in straight_and_resumed(label, folder)]
             facts = run_job(folder, cases, 2, config_of(layout, base))
             assert not [one for one in facts.values() if "error" in one], facts
@@ -142,37 +144,41 @@ def test_an_exported_run_with_state_in_eight_bits_continues_on_another_number(la
         strays(tmp_path / "run" / f"{name}.pt", straight, "wide") for name in (f"{label}-again", "forgetful")
     )
     print(f"{layout}, {label}, from 2 to {processes} processes: strayed {away:.1e}, without momenta {forgetful:.1e}")
-    assert away <= STRAYS["int8"]
-    assert forgetful > 3 * STRAYS["int8"], "the bound must see whether the state was loaded"
+    assert away <= CONTINUES
+    assert forgetful > 8 * CONTINUES, "the bound must see whether the state was loaded"
     shutil.rmtree(tmp_path, ignore_errors=True)
 
 
-@pytest.mark.parametrize("layout", [None, pytest.param("fsdp2-sharded", marks=pytest.mark.slow)])
-def test_a_checkpoint_of_float32_state_continues_in_eight_bits_and_the_other_way_round(layout, tmp_path):
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        ("one process", "tam"),
+        *[
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (("one process", "adatamw"), ("fsdp2-sharded", "tam"))
+        ],
+        pytest.param("fsdp2-sharded", "adatamw", marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_of_float32_state_continues_in_eight_bits_and_the_other_way_round(where, name, tmp_path):
     """Both end near the run that keeps float32 throughout."""
     fields = {"save_strategy": "steps", "save_steps": HALF, "max_steps": STEPS}
-    cases = []
-    for name in ("tam", "adatamw"):
-        for dtype in ("float32", "int8"):
-            options = {"size": "wide", "fields": fields, "optim_args": f"state_dtype={dtype}"}
-            cases.append(case(f"{name}-{dtype}", name, **options))
-            other = "int8" if dtype == "float32" else "float32"
-            checkpoint = tmp_path / "run" / "runs" / f"{name}-{other}" / f"checkpoint-{HALF}"
-            cases.append(case(f"{name}-to-{dtype}", name, **options, resume=str(checkpoint)))
-            cases.append({**cases[-1], "label": f"{name}-to-{dtype}-forgetful", "forgets": True})
-    cases.sort(key=lambda one: "resume" in one)
-    processes, config = (1, None) if layout is None else (2, config_of(layout, tmp_path))
-    facts = run_job(tmp_path / "run", cases, processes, config)
+    straight, again = [], []
+    for dtype, other in (("float32", "int8"), ("int8", "float32")):
+        options = {"size": "wide", "fields": fields, "optim_args": f"state_dtype={dtype}"}
+        straight.append(case(f"from-{dtype}", name, **options))
+        checkpoint = str(tmp_path / "run" / "runs" / f"from-{other}" / f"checkpoint-{HALF}")
+        again.append(case(f"to-{dtype}", name, **options, resume=checkpoint))
+        again.append(case(f"to-{dtype}-forgetful", name, **options, resume=checkpoint, forgets=True))
+    processes, config = (1, None) if where == "one process" else (2, config_of(where, tmp_path))
+    facts = run_job(tmp_path / "run", straight + again, processes, config)
     assert not [one for one in facts.values() if "error" in one], facts
-    for name in ("tam", "adatamw"):
-        for dtype in ("float32", "int8"):
-            found = facts[f"{name}-to-{dtype}"]
-            assert len(found["held"]) == processes
-            assert all(("int8" in process["counts"]) == (dtype == "int8") for process in found["held"])
-            away, forgetful = (
-                strays(tmp_path / "run" / f"{name}-to-{dtype}{end}.pt", tmp_path / "run" / f"{name}-float32.pt", "wide")
-                for end in ("", "-forgetful")
-            )
-            print(f"{layout}, {name} to {dtype}: strayed {away:.1e}, without momenta {forgetful:.1e}")
-            assert 0 < away <= STRAYS["int8"]
-            assert forgetful > 3 * STRAYS["int8"], "the bound must see whether the state was loaded"
+    for dtype in ("float32", "int8"):
+        found = facts[f"to-{dtype}"]["held"]
+        assert len(found) == processes
+        assert all(("int8" in process["counts"]) == (dtype == "int8") for process in found)
+        ends = [tmp_path / "run" / f"to-{dtype}{end}.pt" for end in ("", "-forgetful")]
+        away, forgetful = (strays(end, tmp_path / "run" / "from-float32.pt", "wide") for end in ends)
+        print(f"{where}, {name} to {dtype}: strayed {away:.1e}, without momenta {forgetful:.1e}")
+        assert 0 < away <= STRAYS["int8"]
+        assert forgetful > 2 * STRAYS["int8"], "the bound must see whether the state was loaded"
