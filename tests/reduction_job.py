@@ -171,7 +171,8 @@ def main() -> None:
         reductions_are_exact(mesh)
         plain_tensors_among_shards_keep_their_own_sums(mesh)
         steps_are_those_of_whole_tensors(mesh)
-        eight_bits_where_a_process_holds_nothing(mesh)
+        if mesh.ndim == 1:
+            eight_bits_where_a_process_holds_nothing(mesh)
         a_gradient_that_is_not_summed_yet_is_refused(mesh)
     cuts_that_are_not_data_parallel_are_refused()
     the_tensors_that_fsdp_replaces_are_let_go()
