@@ -550,7 +550,7 @@ class Step:
         return torch.cat(sums).sum()
 
     def totals(self, rows: Sequence[Tensor], width: int) -> list[Tensor]:
-        """Sums over tensors from sums over pieces; the one communication of a step.
+        """Sums over tensors from sums over pieces; the only communication of a step.
 
         Every process of a run calls it the same number of times, also one that holds nothing.
 
