@@ -29,10 +29,10 @@ quickstart: $(VENV)/base.stamp ## virtual environment, install, and the main job
 	$(OFFLINE) $(BIN)/hf-momentum train --config recipes/quickstart.yaml
 
 test: $(VENV)/dev.stamp ## virtual environment, install, and the test suite
-	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(VENV)/dev.stamp ## the test suite with the slow tests
-	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The results go into README.md and docs/scale.md.
 matrix: $(VENV)/dev.stamp ## every optimizer under every layout against one process (about ten minutes)
