@@ -23,15 +23,15 @@ SOURCES = "docs/performance*.json"
 # AdamW reads w, g, m, v and writes w, m, v. SGD has no v. TAM reads m and g once more for their cosine; AdaTAMW too.
 # VRAdam needs the norm of the new m before it can move w, and reads m and v once more. AHB-SGD reads g, the previous g
 # and w's displacement, and keeps the gradient for the next step where it is not read on the way.
-BYTES: dict[str, tuple[int, int]] = {
-    "adamw": (28, 28),
-    "sgd": (20, 20),
-    "tam": (28, 28),
-    "adatamw": (36, 36),
-    "vradam": (36, 36),
-    "ahb_sgd": (36, 36),
-    "critical_sgd": (20, 20),
-    "critical_adamw": (28, 28),
+BYTES = {
+    "adamw": 28,
+    "sgd": 20,
+    "tam": 28,
+    "adatamw": 36,
+    "vradam": 36,
+    "ahb_sgd": 36,
+    "critical_sgd": 20,
+    "critical_adamw": 28,
 }
 # clip_grad_norm_ reads g for the norm, then reads and writes it.
 CLIP_BYTES = 12
@@ -108,17 +108,12 @@ def predicted(name: str, table: str) -> str:
 
     Example:
         >>> predicted("tam", "step"), predicted("ahb_sgd", "clip")
-        ('predicted 1.00 (28 of 28 bytes)', 'predicted 0.80 to 0.90 (32 to 36 of 40 bytes)')
+        ('predicted 1.00 (28 of 28 bytes)', 'predicted 0.90 (36 of 40 bytes)')
     """
-    low, high = BYTES[name]
-    theirs = BYTES[BASELINES.get(name, "adamw")][0]
+    ours, theirs = BYTES[name], BYTES[BASELINES.get(name, "adamw")]
     if table == "clip":
-        extra = NORM_BYTES.get(name, 0)
-        low, high, theirs = low + extra, high + extra, BYTES["adamw"][0] + CLIP_BYTES
-    ratios, sizes = [f"{low / theirs:.2f}"], [str(low)]
-    if high != low:
-        ratios, sizes = [*ratios, f"{high / theirs:.2f}"], [*sizes, str(high)]
-    return f"predicted {' to '.join(ratios)} ({' to '.join(sizes)} of {theirs} bytes)"
+        ours, theirs = ours + NORM_BYTES.get(name, 0), BYTES["adamw"] + CLIP_BYTES
+    return f"predicted {ours / theirs:.2f} ({ours} of {theirs} bytes)"
 
 
 def steps(results: Results) -> str:
@@ -140,18 +135,18 @@ def steps(results: Results) -> str:
 
 
 def baselines(results: Results) -> str:
-    """Milliseconds of the baselines, and the rate at which their bytes pass."""
+    """The rate at which the baselines' bytes pass, and on a GPU, whose name says what it is, their milliseconds."""
     rows = []
     for heading, device, shape, table in COLUMNS:
         found = rows_of(results, device, shape, table)
         for name in ("adamw", "sgd") if table == "step" else ("clip+adamw", "clip"):
             if name in found:
                 count = next(t["parameters"] for t in results[device]["tables"] if t["shape"] == shape)
-                total = {**BYTES, "clip": (12, 12), "clip+adamw": (40, 40)}[name][0] * count
+                total = {**BYTES, "clip": CLIP_BYTES, "clip+adamw": BYTES["adamw"] + CLIP_BYTES}[name] * count
                 ms = found[name].get("event_ms", found[name]["ms"])
-                cells = [heading, f"`{name}`", f"{ms[1]:.2f} ({ms[0]:.2f}-{ms[2]:.2f})"]
-                rows.append([*cells, f"{total / 1e6 / ms[1]:.0f} GB/s"])
-    return markdown(["", "baseline", "ms", "rate of its bytes"], rows, 2) if rows else "Not measured yet."
+                shown = "" if device == "cpu" else f"{ms[1]:.2f} ({ms[0]:.2f}-{ms[2]:.2f})"
+                rows.append([heading, f"`{name}`", f"{total / 1e6 / ms[1]:.0f} GB/s", shown])
+    return markdown(["", "baseline", "rate of its bytes", "ms"], rows, 2) if rows else "Not measured yet."
 
 
 def state(results: Results) -> str:
@@ -205,9 +200,10 @@ def memory(results: Results) -> str:
 
 
 def scaling(results: Results) -> str:
-    """Cost per parameter over sizes and per tensor over counts, for each device."""
+    """Cost per parameter over sizes and per tensor over counts, for each device; relative on a CPU."""
     parts = []
     words = {"parameters": ("ns_per_parameter", "ns per parameter"), "tensors": ("us_per_tensor", "us per tensor")}
+    relative = {"parameters": "per parameter, over the smallest's", "tensors": "host time per tensor, over `adamw`'s"}
     for device, found in results.items():
         for axis, points in found.get("scaling", {}).items():
             if not points:
@@ -216,13 +212,19 @@ def scaling(results: Results) -> str:
             names = list(dict.fromkeys(name for point in points for name in point["rows"]))
             rows = []
             for name in names:
-                lines = [point["rows"].get(name) for point in points]
-                cells = [f"`{name}`", *("" if line is None else f"{line[key][1]:.3g}" for line in lines)]
+                values = [point["rows"][name][key][1] if name in point["rows"] else None for point in points]
+                if device == "cpu":
+                    whole = [values[0] if axis == "parameters" else point["rows"]["adamw"][key][1] for point in points]
+                    values = [x and x / base for x, base in zip(values, whole, strict=True)]
+                cells = [f"`{name}`", *("" if x is None else f"{x:.3g}" for x in values)]
                 if axis == "tensors":
                     cells.append(_marginal(points, name))
                 rows.append(cells)
-            header = [f"{device.upper()}, {unit}", *(f"{point[axis]:,} {axis}" for point in points)]
-            parts.append(markdown([*header, *["each further tensor"] * (axis == "tensors")], rows))
+            header = [
+                f"{device.upper()}, {relative[axis] if device == 'cpu' else unit}",
+                *(f"{point[axis]:,} {axis}" for point in points),
+            ]
+            parts.append(markdown([*header, *["each further tensor, us"] * (axis == "tensors")], rows))
     return "\n\n".join(parts) or "Not measured yet."
 
 
