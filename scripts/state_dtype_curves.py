@@ -199,7 +199,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def _signed(line: Mapping[str, float]) -> str:
-    return f"{line['mean']:+.5f} [{line['low']:+.5f}, {line['high']:+.5f}]"
+    return f"{line['mean']:+.2g} [{line['low']:+.2g}, {line['high']:+.2g}]"
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
