@@ -8,7 +8,7 @@ PIP    := DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-vers
 # Nothing here needs the network after installation; the Hub client must not wait for it.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-all matrix bench style format clean help
+.PHONY: quickstart test test-all matrix bench bench-training curves style format clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -29,10 +29,10 @@ quickstart: $(VENV)/base.stamp ## virtual environment, install, and the main job
 	$(OFFLINE) $(BIN)/hf-momentum train --config recipes/quickstart.yaml
 
 test: $(VENV)/dev.stamp ## virtual environment, install, and the test suite
-	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(VENV)/dev.stamp ## the test suite with the slow tests
-	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The results go into README.md and docs/scale.md.
 matrix: $(VENV)/dev.stamp ## every optimizer under every layout against one process (about ten minutes)
@@ -41,8 +41,22 @@ matrix: $(VENV)/dev.stamp ## every optimizer under every layout against one proc
 		--write-support docs/support.json
 	$(BIN)/python scripts/support_table.py
 
+# The results of these three go into docs/performance.md.
 bench: $(VENV)/base.stamp ## time complete optimizer steps against torch's own on the CPU
-	$(BIN)/python scripts/bench_optimizers.py
+	$(OFFLINE) $(BIN)/python scripts/bench_optimizers.py --scaling --output docs/performance_cpu.json \
+		--plot docs/images/performance_cpu.png
+	$(BIN)/python scripts/bench_table.py
+
+bench-training: $(VENV)/base.stamp ## tokens per second of whole Trainer steps on the CPU
+	$(OFFLINE) $(BIN)/python scripts/bench_training.py --output docs/performance_training_cpu.json
+	$(BIN)/python scripts/bench_table.py
+
+# SENTIMENT names a folder with movies_train.jsonl and movies_test.jsonl; without it the recipe reads from the Hub.
+SENTIMENT ?=
+curves: $(VENV)/dev.stamp ## loss curves with state in float32, bfloat16 and int8 (hours; may be stopped and started)
+	$(if $(SENTIMENT),$(OFFLINE)) $(BIN)/python scripts/state_dtype_curves.py \
+		$(if $(SENTIMENT),--sentiment-data $(SENTIMENT))
+	$(BIN)/python scripts/bench_table.py
 
 style: $(VENV)/dev.stamp ## check format, lint and types
 	$(BIN)/ruff format --check .

@@ -14,7 +14,7 @@ from hf_momentum.integrations import OPTIMIZERS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "support.json"
-BEGIN, END = "<!-- {} from docs/support.json: begin -->", "<!-- {}: end -->"
+BEGIN, END = "<!-- {} from {}: begin -->", "<!-- {}: end -->"
 
 
 def support(results: Mapping[str, Any]) -> str:
@@ -67,13 +67,17 @@ def _word(difference: float | None, tolerance: float) -> str:
     return "exact" if difference <= tolerance else f"off by {difference:.0e}"
 
 
-def replaced(text: str, name: str, table: str) -> str:
-    """`text` with `table` between the two markers of that name.
+def replaced(text: str, name: str, table: str, source: str = "docs/support.json") -> str:
+    """`text` with `table` between the two markers of that name, which also say where the table comes from.
 
     Raises:
         ValueError: the markers are not there.
+
+    Example:
+        >>> replaced("<!-- t from docs/x.json: begin --> old <!-- t: end -->", "t", "new", "docs/x.json")
+        '<!-- t from docs/x.json: begin -->\\n\\nnew\\n\\n<!-- t: end -->'
     """
-    begin, end = BEGIN.format(name), END.format(name)
+    begin, end = BEGIN.format(name, source), END.format(name)
     before, found, rest = text.partition(begin)
     _, also, after = rest.partition(end)
     if not found or not also:

@@ -16,7 +16,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from hf_momentum import TAM, VRAdam
+from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.kernels import alignment_sums
+from hf_momentum.optim import MomentumOptimizer
+from hf_momentum.optim.piece_state import PieceState
 from hf_momentum.sharding import UnsupportedLayoutError, lay_out
 
 # More processes than rows in some, and sizes that nothing divides evenly.
@@ -59,7 +62,13 @@ def plain_tensors_among_shards_keep_their_own_sums(mesh: Any) -> None:
 
 def steps_are_those_of_whole_tensors(mesh: Any) -> None:
     """One collective per step, however many groups; nothing else in it communicates."""
-    for cls, kwargs in ((TAM, {"lr": 0.1}), (VRAdam, {"lr": 0.1, "norm_scope": "group"})):
+    cases: list[tuple[type[MomentumOptimizer], dict[str, Any]]] = [
+        (TAM, {"lr": 0.1}),
+        (TAM, {"lr": 0.1, "max_grad_norm": 1.0}),
+        (VRAdam, {"lr": 0.1, "norm_scope": "group"}),
+        (VRAdam, {"lr": 0.1, "norm_scope": "tensor", "max_grad_norm": 1.0}),
+    ]
+    for cls, kwargs in cases:
         torch.manual_seed(0)
         start = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES]
         single = [torch.nn.Parameter(w.clone()) for w in start]
@@ -73,8 +82,40 @@ def steps_are_those_of_whole_tensors(mesh: Any) -> None:
             with CommDebugMode() as communication:
                 optimizers[1].step()
             assert communication.get_total_counts() == 1
+            if "max_grad_norm" in kwargs:
+                norms = [float(optimizer.grad_norm) for optimizer in optimizers]
+                assert norms[0] > 2 and abs(norms[0] - norms[1]) < 1e-12 * norms[0], norms
         for one, other in zip(single, cut, strict=True):
             assert (one - other.full_tensor()).abs().max() < 1e-14
+
+
+def eight_bits_where_a_process_holds_nothing(mesh: Any) -> None:
+    """A large tensor of fewer rows than processes: its state is packed on some, empty on others; so is a checkpoint."""
+    shapes, generator = [(2, 4096), (8191,), (3, 5)], torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    grads = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(6)]
+    for name, spec in OPTIMIZERS.items():
+        ends = []
+        for state_dtype in ("float32", "int8", "int8 through a checkpoint"):
+            params = [torch.nn.Parameter(distribute_tensor(w.clone(), mesh, placements_on(mesh))) for w in start]
+            options = {"lr": 1e-3, "max_grad_norm": 1.0, "state_dtype": state_dtype.split()[0]}
+            optimizer = spec.cls(params, **options)
+            for t, step in enumerate(grads):
+                for param, grad in zip(params, step, strict=True):
+                    param.grad = distribute_tensor(grad + start[1].mean(), mesh, placements_on(mesh))
+                optimizer.step()
+                if "checkpoint" in state_dtype and t == 2:
+                    saved, optimizer = optimizer.state_dict(), spec.cls(params, **options)
+                    optimizer.load_state_dict(saved)
+            for param, state in optimizer.state.items():
+                packed = [value for value in state.values() if isinstance(value, PieceState)]
+                assert bool(packed) == (state_dtype != "float32" and param.numel() >= 4096), name
+            for param, entry in zip(params, optimizer.state_dict()["state"].values(), strict=True):
+                assert all(isinstance(v, DTensor) and v.shape == param.shape for v in entry.values())
+            ends.append(torch.cat([param.full_tensor().detach().view(-1) for param in params]))
+        moved = (ends[0] - torch.cat([w.view(-1) for w in start])).norm()
+        assert 0 < (ends[1] - ends[0]).norm() < 0.05 * moved, f"{name}: {(ends[1] - ends[0]).norm() / moved}"
+        assert torch.equal(ends[1], ends[2]), name
 
 
 def cuts_that_are_not_data_parallel_are_refused() -> None:
@@ -130,6 +171,8 @@ def main() -> None:
         reductions_are_exact(mesh)
         plain_tensors_among_shards_keep_their_own_sums(mesh)
         steps_are_those_of_whole_tensors(mesh)
+        if mesh.ndim == 1:
+            eight_bits_where_a_process_holds_nothing(mesh)
         a_gradient_that_is_not_summed_yet_is_refused(mesh)
     cuts_that_are_not_data_parallel_are_refused()
     the_tensors_that_fsdp_replaces_are_let_go()

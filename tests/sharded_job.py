@@ -4,9 +4,11 @@
 `facts.json` beside it. Without a launcher it is the single process that all layouts are compared with.
 """
 
+import hashlib
 import json
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_momentum import MomentumTrainer, MomentumTrainingArguments
 from hf_momentum.integrations.what_runs import base_optimizer
+from hf_momentum.kernels import Packed, Reduced
 from hf_momentum.optim import MomentumOptimizer
 from hf_momentum.optim.ahb import ObservesGradients
+from hf_momentum.optim.piece_state import PieceState
 
 SIZES = {
     "even": {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "heads": 4, "layers": 2},
     # Nothing here divides by 3, and the norms have fewer rows than a fourth process would need.
     "odd": {"vocab_size": 131, "hidden_size": 56, "intermediate_size": 173, "heads": 7, "layers": 3},
+    # On two processes: matrices whose half has 4096 elements and more beside others whose half has fewer.
+    "wide": {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 160, "heads": 4, "layers": 2},
 }
 GLOBAL_BATCH, EXAMPLES, LENGTH, STEPS = 12, 24, 16, 20
 
@@ -56,6 +62,12 @@ class NaiveTAM(torch.optim.Optimizer):
         for m, (w, g) in zip(momenta, local, strict=True):
             m.mul_(0.9).add_(g, alpha=(1 + group["s"]) / 2)
             w.sub_(m, alpha=group["lr"])
+
+
+class ClipsFirst(MomentumTrainer):
+    """Leaves the clipping to accelerate, by torch's `clip_grad_norm_` before the step."""
+
+    clips_inside = False
 
 
 def examples(size: str) -> list[dict[str, torch.Tensor]]:
@@ -101,6 +113,62 @@ def whole_weights(trainer: MomentumTrainer) -> dict[str, torch.Tensor]:
             for name, p in model.named_parameters()
             if p.requires_grad
         }
+
+
+@contextmanager
+def wrong_scale(factor: float) -> Iterator[None]:
+    """Read momenta that are stored in fewer bits as `factor` times what they are; only where no kernel runs."""
+    read = Reduced.decoded
+    Reduced.decoded = lambda state: [(1 if state.positive else factor) * value for value in read(state)]  # type: ignore
+    try:
+        yield
+    finally:
+        Reduced.decoded = read  # type: ignore
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def parts_of(optimizer: MomentumOptimizer) -> Iterable[tuple[str, torch.Tensor | Packed]]:
+    """Every state tensor of this process by name, those of one holder's pieces one by one."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, PieceState):
+                yield from ((name, part) for _, part in value.pieces.values())
+            elif isinstance(value, torch.Tensor):
+                yield name, local(value)
+
+
+def held(trainer: MomentumTrainer, base: MomentumOptimizer) -> list[dict[str, Any]]:
+    """For each process what it holds: digests of weights and state, and the state's elements and bytes by dtype."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    digests = {"weights": hashlib.sha256(), "state": hashlib.sha256()}
+    shard = 0
+    for param in model.parameters():
+        if isinstance(param, DTensor):
+            shard = param.device_mesh.get_local_rank(param.device_mesh.ndim - 1)
+        digests["weights"].update(local(param).float().numpy().tobytes())
+    counts: dict[str, list[int]] = {}
+    largest = 0
+    for name, part in parts_of(base):
+        tensors = [part.codes, part.scales] if isinstance(part, Packed) else [part]
+        for tensor in tensors:
+            digests["state"].update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        kind = "int8" if isinstance(part, Packed) else str(part.dtype).removeprefix("torch.")
+        elements, size = counts.setdefault(kind, [0, 0])
+        size += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        counts[kind] = [elements + tensors[0].numel(), size]
+        if kind == "float32" and name != "previous_grad":
+            largest = max(largest, tensors[0].numel())
+    here = {name: digest.hexdigest() for name, digest in digests.items()}
+    found = {**here, "shard": shard, "counts": counts, "largest_float32": largest}
+    if not dist.is_initialized():
+        return [found]
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, found)
+    return everywhere
 
 
 class Communication:
@@ -153,7 +221,10 @@ def run(case: dict[str, Any], processes: int, folder: Path) -> dict[str, Any]:
     args = MomentumTrainingArguments(output_dir=str(folder / "runs" / case["label"]), **fields)
     naive = {"optimizer_cls_and_kwargs": (NaiveTAM, {"lr": case["lr"]})} if case.get("naive") else {}
     model = model_of(size, case.get("tied", False), case.get("lora", False))
-    trainer = MomentumTrainer(model, args, train_dataset=examples(size), **naive)
+    model.to(getattr(torch, case.get("model_dtype", "float32")))
+    trainer = (ClipsFirst if case.get("clips_first") else MomentumTrainer)(
+        model, args, train_dataset=examples(size), **naive
+    )
     if deepspeed_keys and trainer.is_deepspeed_enabled:
         config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
         for key, value in deepspeed_keys.items():
@@ -169,31 +240,37 @@ def run(case: dict[str, Any], processes: int, folder: Path) -> dict[str, Any]:
         result = prepare(*arguments, **keywords)
         base = base_optimizer(trainer.optimizer)
         seen["communication"], seen["base"] = Communication(base), base
+        if case.get("forgets"):  # a checkpoint without the momenta
+            base.state.clear()
         return result
 
     trainer._prepare_for_training = prepared
-    trainer.train(resume_from_checkpoint=case.get("resume"))
+    with wrong_scale(case.get("wrong_scale", 1)):
+        trainer.train(resume_from_checkpoint=case.get("resume"))
     base, communication = seen["base"], seen["communication"]
     weights = whole_weights(trainer)
     start = {name: p for name, p in model_of(size, case.get("tied", False), case.get("lora", False)).named_parameters()}
+    ours = isinstance(base, MomentumOptimizer)
     scale = max(float(value.abs().max()) for value in weights.values())
     moved = max(float((value - start[name].detach()).abs().max()) for name, value in weights.items()) / scale
     main = not dist.is_initialized() or dist.get_rank() == 0
     if main:
         torch.save(weights, folder / f"{case['label']}.pt")
     history = trainer.state.log_history
-    wrapper = None if not isinstance(base, MomentumOptimizer) or base.wrapper is None else type(base.wrapper).__name__
+    wrapper = None if not ours or base.wrapper is None else type(base.wrapper).__name__
     return {
         "label": case["label"],
         "num_processes": args.world_size,
         "distributed_type": trainer.accelerator.distributed_type.value,
         "optimizer": type(base).__name__,
-        "kind": base.layout().kind if isinstance(base, MomentumOptimizer) else None,
+        "kind": base.layout().kind if ours else None,
         "wrapper": wrapper,
         "calls": communication.calls,
         "collectives": communication.collectives,
         "steps": trainer.state.global_step,
         "moved": moved,
+        "clips_inside": trainer.clips_inside,
+        "held": held(trainer, base) if ours else None,
         "cosines": [entry["cosine"] for entry in history if "cosine" in entry],
         "grad_norms": [entry["grad_norm"] for entry in history if entry.get("grad_norm") is not None],
     }

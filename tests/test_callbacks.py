@@ -122,6 +122,35 @@ def test_momentum_trainer_lets_ahb_see_gradients_before_they_are_clipped(accumul
     assert differences(Trainer, TrainingArguments, 1e-3) < 1e-3 * unclipped
 
 
+@pytest.mark.parametrize("optim", ["tam", "vradam", "ahb_sgd", "critical_adamw"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_momentum_trainer_clips_inside_the_step_with_the_same_weights_and_logs(optim, accumulation, tmp_path):
+    found = []
+    for inside in (True, False):
+        cls = MomentumTrainer if inside else type("Outside", (MomentumTrainer,), {"clips_inside": False})
+        trainer = small_trainer(
+            tmp_path, cls, MomentumTrainingArguments, optim=optim, learning_rate=0.01, max_grad_norm=0.05,
+            gradient_accumulation_steps=accumulation, per_device_train_batch_size=2, logging_steps=1,
+        )  # fmt: skip
+        assert trainer.train().global_step > 2
+        assert (trainer.optimizer.optimizer.grad_norm is not None) == inside
+        norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        found.append((torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), norms))
+    (weights, norms), (expected, expected_norms) = found
+    assert ((weights - expected).norm() / expected.norm()).item() < 1e-6
+    assert norms == pytest.approx(expected_norms, rel=1e-5)
+    assert min(norms) > 0.05, "every step must be clipped"
+
+
+def test_weights_that_the_optimizer_does_not_have_keep_the_clipping_outside(tmp_path):
+    trainer = small_trainer(tmp_path, MomentumTrainer, MomentumTrainingArguments, optim="tam", max_grad_norm=0.05)
+    trainer.create_optimizer()
+    assert trainer.clips_inside
+    held = trainer.optimizer.param_groups[0]["params"]
+    held.pop()
+    assert not trainer.clips_inside
+
+
 # ---- the momentum schedule ------------------------------------------------------------------------------------------
 
 

@@ -11,22 +11,23 @@ import torch
 from torch import Tensor
 
 from hf_momentum.integrations.registry import OPTIMIZERS
-from hf_momentum.kernels import Gradients, cpu
+from hf_momentum.kernels import Gradients, cpu, rule, rules
 from hf_momentum.optim import TAM, AdaTAM, VRAdam
 from hf_momentum.optim.adam import adam_update_
 from hf_momentum.optim.ahb import ahb_sgd_update_
 from hf_momentum.optim.critical import critical_sgd_update_
 from hf_momentum.optim.curvature import squared_changes_
 from hf_momentum.optim.tam import adatam_update_, tam_update_
-from hf_momentum.optim.vradam import advance_moments_, advance_momentum_, vr_update_, vradam_update_
+from hf_momentum.optim.vradam import advance_moments_, advance_momentum_, vr_update_, vradam_step_, vradam_update_
 
 pytestmark = pytest.mark.skipif(not cpu.available()[0], reason=f"no CPU kernels here: {cpu.available()[1]}")
 
 SIZES = [0, 1, 3, 15, 17, 35, 1000, 16384, 16385, 70001]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 3e-7, torch.bfloat16: 4.1e-3, torch.float16: 5e-4}
-STEPS = [float(3 + i % 2) for i in range(len(SIZES))]
 N = len(SIZES)
+STEPS = torch.tensor([3.0 + i % 2 for i in range(N)], dtype=torch.float64)
+CORRECTION1, ROOT2 = 1 - 0.9**STEPS, (1 - 0.999**STEPS).sqrt()
 
 
 @pytest.fixture
@@ -59,7 +60,8 @@ def per_tensor(low: float, high: float) -> Tensor:
     return torch.linspace(low, high, N, dtype=torch.float64)
 
 
-# Each rule with its arguments behind weights and gradients; "m" and "v" stand for state, "old" for a previous gradient.
+# Each rule with its arguments behind weights and gradients; "m" and "v" stand for state, "old" for a previous gradient,
+# "c1" and "r2" for the corrections of the two averages.
 RULES = {
     "tam": (tam_update_, ["m", "scalar"], {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
     "ahb_sgd": (ahb_sgd_update_, ["m", "scalar"], {"lr": 0.1, "weight_decay": 0.1}),
@@ -72,23 +74,24 @@ RULES = {
     "nesterov, kept": (critical_sgd_update_, ["m", "scalar", "old"], {"lr": 0.1, "weight_decay": 0, "nesterov": True}),
     "adatam": (
         adatam_update_,
-        ["m", "v", "scalar", None],
+        ["m", "v", "scalar", None, None],
         {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "ema": False, "weight_decay": 0.1},
     ),
     "adatam as Adam": (
         adatam_update_,
-        ["m", "v", "scalar", STEPS],
+        ["m", "v", "scalar", "c1", "r2"],
         {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "ema": True, "weight_decay": 0.0},
     ),
     "adam": (
         adam_update_,
-        ["m", "v", STEPS, "scalar", "scalar"],
+        ["m", "v", "scalar", "scalar", "r2"],
         {"lr": 0.1, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1},
     ),
-    "vradam": (vradam_update_, ["m", "v", STEPS, "scalar", "scalar"], {"betas": (0.9, 0.999), "eps": 1e-8}),
+    "vradam": (vradam_step_, ["m", "v", "c1", "r2", "scalar", "scalar"], {"betas": (0.9, 0.999), "eps": 1e-8}),
+    "vradam, second half": (vradam_update_, ["m", "v", "c1", "r2", "scalar", "scalar"], {"eps": 1e-8}),
     "vrmomentum": (vr_update_, ["m", "scalar", None], {}),
 }
-WITHOUT_GRADIENTS = {"vradam", "vrmomentum"}
+WITHOUT_GRADIENTS = {"vradam, second half", "vrmomentum"}
 
 
 def run_kernel(name: str, dtype: torch.dtype, scalar: Tensor, sign: float, decay: float):
@@ -101,17 +104,18 @@ def run_kernel(name: str, dtype: torch.dtype, scalar: Tensor, sign: float, decay
     exact_state = {key: [x.double() for x in pieces] for key, (_, pieces) in state.items()}
     before = {key: gaps(flat) for key, (flat, _) in [*state.items(), ("w", (flat_w, w))]}
 
-    def chosen(pieces, scalars):
-        table = {"scalar": scalars, **pieces}
-        return [table[x] if isinstance(x, str) else x for x in arguments]
+    def chosen(pieces, listed):
+        numbers = {"scalar": scalar, "c1": CORRECTION1, "r2": ROOT2}
+        if listed:
+            numbers = {key: x if x.dim() == 0 else list(x.unbind()) for key, x in numbers.items()}
+        return [{**numbers, **pieces}[x] if isinstance(x, str) else x for x in arguments]
 
-    each = scalar if scalar.dim() == 0 else list(scalar.unbind())
     gradients = name not in WITHOUT_GRADIENTS
-    function(exact_w, *[exact_g] * gradients, *chosen(exact_state, each), **numbers)
-    kernel = cpu.kernel(function.__name__, [])
+    function(exact_w, *[exact_g] * gradients, *chosen(exact_state, True), **numbers)
+    kernel = rule(function)
     versions = [x._version for x in w]
     pieces = {key: found for key, (_, found) in state.items()}
-    kernel(w, *[Gradients(g, w, sign, decay)] * gradients, *chosen(pieces, scalar), **numbers)
+    kernel(w, *[Gradients(g, w, sign, decay)] * gradients, *chosen(pieces, False), **numbers)
     assert all(x._version > old for x, old in zip(w, versions, strict=True))
     for key, (flat, _) in [*state.items(), ("w", (flat_w, w))]:
         assert torch.equal(gaps(flat), before[key]), "the gaps between fragments are not the kernels'"
@@ -140,7 +144,7 @@ def test_updates_are_the_pure_functions_in_float64(name, dtype, scope):
 def test_one_minus_beta2_is_formed_in_double():
     """In float32, 1 - 0.999999 is 3 % off."""
     g, m, v = [torch.ones(100)], [torch.zeros(100)], [torch.zeros(100)]
-    cpu.advance_moments_(Gradients(g, g), m, v, [1.0], betas=(0.9, 0.999999), eps=0.0, of_update=False)
+    rules.advance_moments_(Gradients(g, g), m, v, *torch.ones(2, 1), betas=(0.9, 0.999999), eps=0.0)
     assert v[0][0].item() == pytest.approx(1e-6, rel=1e-6)
 
 
@@ -149,7 +153,7 @@ def test_sums_are_those_of_float64(dtype):
     (_, w), (_, g), (_, m) = fragments(1, dtype), fragments(2, dtype), fragments(3)
     for sign, decay in ((1.0, 0.0), (-1.0, 0.5)):
         exact = [sign * a.double() + decay * b.double() for a, b in zip(g, w, strict=True)]
-        sums = cpu.alignment_sums(Gradients(g, w, sign, decay), m)
+        sums = rules.alignment_sums(Gradients(g, w, sign, decay), m)
         for row, x, y in zip(sums, [x.double() for x in m], exact, strict=True):
             scale = (x.norm() * y.norm()).item()
             assert row[0].item() == pytest.approx((x @ y).item(), abs=1e-7 * scale)
@@ -159,7 +163,7 @@ def test_sums_are_those_of_float64(dtype):
 
 def test_squares_neither_overflow_nor_vanish():
     huge, tiny = [torch.full((100,), 1e30)], [torch.full((100,), 1e-30)]
-    assert cpu.alignment_sums(Gradients(huge, huge), tiny)[0].tolist() == pytest.approx([100, 1e-58, 1e62], rel=1e-6)
+    assert rules.alignment_sums(Gradients(huge, huge), tiny)[0].tolist() == pytest.approx([100, 1e-58, 1e62], rel=1e-6)
 
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=str)
@@ -168,15 +172,13 @@ def test_squared_changes_are_those_of_the_pure_function(dtype, kept):
     for adam, preconditioned in ((False, False), (True, False), (True, True)):
         (_, g), (_, m), (_, v) = fragments(2, dtype), fragments(3), fragments(4, positive=True)
         flat, old = fragments(5, kept)
-        before, new = gaps(flat), [i == 6 for i in range(N)]
-        numbers = {"beta2": 0.999, "eps": 1e-8, "preconditioned": preconditioned}
+        before = gaps(flat)
+        numbers = {"eps": 1e-8, "preconditioned": preconditioned}
         exact_old, exact_m = [x.double() for x in old], [x.double() for x in m]
-        moments, steps = ([x.double() for x in v], STEPS) if adam else (None, None)
-        factor = torch.tensor(1.5, dtype=torch.float64)
-        exact_g = [x.double() for x in g]
-        exact = squared_changes_(exact_g, exact_old, exact_m, moments, steps, new, factor, **numbers)
-        unformed = Gradients(g, g)
-        found = cpu.squared_changes_(unformed, old, m, v if adam else None, steps, new, factor, **numbers)
+        moments, roots = ([x.double() for x in v], list(ROOT2)) if adam else (None, None)
+        exact = squared_changes_([1.5 * x.double() for x in g], exact_old, exact_m, moments, roots, **numbers)
+        unformed = Gradients(g, g, factor=torch.tensor(1.5, dtype=torch.float64))
+        found = rules.squared_changes_(unformed, old, m, v if adam else None, ROOT2 if adam else None, **numbers)
         assert torch.allclose(found, exact, rtol=2e-6, atol=1e-30)
         assert close(old, exact_old, ROUNDING[kept])
         assert torch.equal(gaps(flat), before)
@@ -184,18 +186,17 @@ def test_squared_changes_are_those_of_the_pure_function(dtype, kept):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_halves_of_vradam_are_the_pure_functions(dtype):
-    for of_update in (False, True):
-        (_, g), (_, m), (_, v) = fragments(2, dtype), fragments(3), fragments(4, positive=True)
-        exact = [[x.double() for x in xs] for xs in (g, m, v)]
-        numbers = {"betas": (0.9, 0.999), "eps": 1e-8, "of_update": of_update}
-        rows = advance_moments_(*exact, STEPS, **numbers)
-        assert torch.allclose(cpu.advance_moments_(Gradients(g, g), m, v, STEPS, **numbers), rows, rtol=2e-6)
-        assert close(m, exact[1], 3e-7)
-        assert close(v, exact[2], 3e-7)
+    (_, g), (_, m), (_, v) = fragments(2, dtype), fragments(3), fragments(4, positive=True)
+    exact = [[x.double() for x in xs] for xs in (g, m, v)]
+    numbers = {"betas": (0.9, 0.999), "eps": 1e-8}
+    rows = advance_moments_(*exact, list(CORRECTION1), list(ROOT2), **numbers)
+    assert torch.allclose(rules.advance_moments_(Gradients(g, g), m, v, CORRECTION1, ROOT2, **numbers), rows, rtol=2e-6)
+    assert close(m, exact[1], 3e-7)
+    assert close(v, exact[2], 3e-7)
     (_, g), (_, m) = fragments(2, dtype), fragments(3)
     exact = [[x.double() for x in xs] for xs in (g, m)]
     rows = advance_momentum_(*exact, momentum=0.9)
-    assert torch.allclose(cpu.advance_momentum_(Gradients(g, g), m, momentum=0.9), rows, rtol=2e-6)
+    assert torch.allclose(rules.advance_momentum_(Gradients(g, g), m, momentum=0.9), rows, rtol=2e-6)
 
 
 # ---- storage --------------------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ def test_halves_of_vradam_are_the_pure_functions(dtype):
 def test_half_precision_is_read_and_rounded_as_torch_does(dtype):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     w, m = [every.clone()], [torch.zeros(2**16)]
-    cpu.tam_update_(w, Gradients([every], w), m, torch.tensor(1.0), lr=0.0, momentum=0.0, weight_decay=0.0)
+    rules.tam_update_(w, Gradients([every], w), m, torch.tensor(1.0), lr=0.0, momentum=0.0, weight_decay=0.0)
     assert torch.equal(m[0].nan_to_num(nan=7.0), every.float().nan_to_num(nan=7.0))
     # Every value, the halfway points between neighbours, and a little to each side of them.
     exact = every.float()
@@ -214,7 +215,7 @@ def test_half_precision_is_read_and_rounded_as_torch_does(dtype):
     values = torch.cat([bits + shift for shift in (0, 1, -1, half, half - 1, half + 1)]).view(torch.float32)
     values = torch.cat([values, torch.randn(10**5) * 10.0 ** torch.randint(-9, 6, (10**5,))])
     target = torch.zeros(len(values), dtype=dtype)
-    cpu.vr_update_([target], [values], torch.tensor(-1.0), None)
+    rules.vr_update_([target], [values], torch.tensor(-1.0), None)
     assert torch.equal(target.nan_to_num(nan=7.0), values.to(dtype).nan_to_num(nan=7.0))
 
 
@@ -224,11 +225,11 @@ def test_nan_and_inf_are_not_hidden(bad, dtype):
     g, w = [torch.ones(100, dtype=dtype)], [torch.ones(100, dtype=dtype)]
     g[0][57] = bad
     m, v = [torch.zeros(100)], [torch.zeros(100)]
-    assert not cpu.alignment_sums(Gradients(g, w), m)[0, 2].isfinite()
-    cpu.tam_update_(w, Gradients(g, w), m, torch.tensor(0.5), lr=0.1, momentum=0.9, weight_decay=0.0)
+    assert not rules.alignment_sums(Gradients(g, w), m)[0, 2].isfinite()
+    rules.tam_update_(w, Gradients(g, w), m, torch.tensor(0.5), lr=0.1, momentum=0.9, weight_decay=0.0)
     assert (~w[0].isfinite()).nonzero().tolist() == [[57]] == (~m[0].isfinite()).nonzero().tolist()
     m = [torch.zeros(100)]
-    sums = cpu.advance_moments_(Gradients(g, g), m, v, [1.0], betas=(0.9, 0.99), eps=1e-8, of_update=False)
+    sums = rules.advance_moments_(Gradients(g, g), m, v, *torch.ones(2, 1), betas=(0.9, 0.99), eps=1e-8)
     assert not sums[0, 0].isfinite()
     assert (~v[0].isfinite()).nonzero().tolist() == [[57]]
 
@@ -249,7 +250,7 @@ def test_sums_do_not_depend_on_where_the_tensors_lie():
         g, x = flat.clone(), m.clone()
         g[shift : shift + 70001], x[shift : shift + 70001] = flat[:70001], m[:70001]
         grads = [g.narrow(0, shift, 70001)]
-        pieces.append(cpu.alignment_sums(Gradients(grads, grads), [x.narrow(0, shift, 70001)]))
+        pieces.append(rules.alignment_sums(Gradients(grads, grads), [x.narrow(0, shift, 70001)]))
     assert all(torch.equal(piece, pieces[0]) for piece in pieces)
 
 
@@ -365,11 +366,13 @@ def test_state_in_another_storage_is_not_misread():
     params = [torch.nn.Parameter(torch.ones(3))]
     optimizer = TAM(params)
     step_with(optimizer)
+    twin = TAM(params)
+    twin.load_state_dict(optimizer.state_dict())
     optimizer.state[params[0]]["momentum_buffer"] = optimizer.state[params[0]]["momentum_buffer"].double()
     step_with(optimizer)
-    optimizer.param_groups[0]["fused"] = True
-    with pytest.raises(RuntimeError, match="no kernel alignment_sums for the state of group 0"):
-        step_with(optimizer)
+    step_with(twin)
+    assert optimizer.state[params[0]]["momentum_buffer"].dtype == torch.float32
+    assert torch.equal(*[o.state[params[0]]["momentum_buffer"] for o in (optimizer, twin)])
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------

@@ -382,7 +382,8 @@ def test_half_precision_weights_have_float32_state_and_are_rounded_once(cls, dty
         m = [optimizer.state[p][name] for p in params]
         assert all(x.dtype == torch.float32 for x in m)
         norms = squared_norms(m).sqrt() if scope == "tensor" else reference.flat(m).double().norm()
-        assert torch.allclose(group["momentum_norm"], norms, rtol=1e-12)
+        # VRAdam knows |m| before m is rounded to float32, VRMomentum after.
+        assert torch.allclose(group["momentum_norm"], norms, rtol=1e-7 if cls is VRAdam else 1e-12)
         for i, (p, old) in enumerate(zip(params, before, strict=True)):
             update = m[i].double()
             if cls is VRAdam:
@@ -489,15 +490,15 @@ def test_weights_of_two_dtypes_share_one_gate(cls, scope):
     train(optimizer, params, 3)
     m = [optimizer.state[p][momentum_name(cls)].double() for p in params]
     norms = torch.stack([x.norm() for x in m]) if scope == "tensor" else reference.flat(m).norm()
-    assert torch.allclose(optimizer.param_groups[0]["momentum_norm"], norms, rtol=1e-12)
+    exactly = 1e-7 if cls is VRAdam else 1e-12  # VRAdam knows |m| before m is rounded to float32
+    assert torch.allclose(optimizer.param_groups[0]["momentum_norm"], norms, rtol=exactly)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize(("cls", "kwargs"), CASES)
-def test_step_reads_nothing_but_its_counters_which_live_in_host_memory(cls, kwargs, scope):
+def test_step_never_reads_a_value_back_from_the_device(cls, kwargs, scope):
     params = weights([(4, 4), (3,)], torch.float32)
     optimizer = cls(params, lr=0.01, norm_scope=scope, weight_decay=0.1, **kwargs)
-    stepped = 0
     with HostReads() as reads:
         for t in range(3):
             set_gradients(params, random(t, params, []))
@@ -505,10 +506,7 @@ def test_step_reads_nothing_but_its_counters_which_live_in_host_memory(cls, kwar
                 params[1].grad = None
             optimizer.step()
             optimizer.dynamics()
-            stepped += sum(p.grad is not None for p in params)
-    counters = stepped - len(params)  # Adam's, one read of host memory for each tensor from the second step
-    assert reads.count == (counters if cls is VRAdam else 0)
-    assert all(optimizer.state[p].get("step", torch.zeros(())).device.type == "cpu" for p in params)
+    assert reads.count == 0
     for group in optimizer.param_groups:
         assert group["lr_ratio"].dtype == torch.float64
     assert all(value.dim() == 0 for value in optimizer.dynamics().values())

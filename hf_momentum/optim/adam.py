@@ -1,35 +1,33 @@
 """Adam's moments with a first beta that is a tensor on the device; what the Adam forms of the methods share."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from hf_momentum.optim.base import Step
+from hf_momentum.optim.step import Step
 
 
 def adam_directions(
     grads: list[Tensor],
     first_moments: list[Tensor],
     second_moments: list[Tensor],
-    steps: Sequence[float],
     beta1: Tensor | list[Tensor],
     correction1: Tensor | list[Tensor],
+    root2: Tensor | list[Tensor],
     *,
     beta2: float,
     eps: float,
 ) -> list[Tensor]:
-    """Advance both moments in place and return (m / c1) / (sqrt(v / c2) + eps), with c2 = 1 - beta2^t.
+    """Advance both moments in place and return (m / c1) / (sqrt(v) / r2 + eps).
 
     Args:
         grads, first_moments, second_moments: tensors of one dtype and device.
-        steps: each tensor's steps from 1.
-        beta1: this step's b1, one for all or one per tensor.
-        correction1: c1, one minus the product of all b1 so far, one for all or one per tensor.
+        beta1: this step's b1, one for all or one per tensor, like the other two.
+        correction1: c1, one minus the product of all b1 so far.
+        root2: r2 = sqrt(1 - beta2^t).
 
     Example:
         >>> m, v = [torch.zeros(1)], [torch.zeros(1)]
-        >>> adam_directions([torch.ones(1)], m, v, [1.0], torch.tensor(0.9), torch.tensor(0.1), beta2=0.99, eps=0.0)
+        >>> adam_directions([torch.ones(1)], m, v, torch.tensor(0.9), *torch.tensor([0.1, 0.1]), beta2=0.99, eps=0.0)
         [tensor([1.0000])]
     """
     # m = b1 m + (1 - b1) g; as m + (1 - b1)(g - m) it would lose the small m that a b1 near 0 leaves
@@ -39,22 +37,20 @@ def adam_directions(
     # v = b2 v + (1 - b2) g^2
     torch._foreach_mul_(second_moments, beta2)
     torch._foreach_addcmul_(second_moments, grads, grads, value=1 - beta2)
-    directions = torch._foreach_div(first_moments, adam_denominators(second_moments, steps, beta2=beta2, eps=eps))
+    directions = torch._foreach_div(first_moments, adam_denominators(second_moments, root2, eps))
     torch._foreach_div_(directions, correction1)
     return list(directions)
 
 
-def adam_denominators(
-    second_moments: list[Tensor], steps: Sequence[float], *, beta2: float, eps: float
-) -> list[Tensor]:
-    """sqrt(v / (1 - beta2^t)) + eps, as new tensors.
+def adam_denominators(second_moments: list[Tensor], root2: Tensor | list[Tensor], eps: float) -> list[Tensor]:
+    """sqrt(v) / r2 + eps, as new tensors; `root2` is sqrt(1 - beta2^t), one for all or one per tensor.
 
     Example:
-        >>> adam_denominators([torch.tensor([0.04])], [1.0], beta2=0.99, eps=0.5)
+        >>> adam_denominators([torch.tensor([0.04])], torch.tensor(0.1), eps=0.5)
         [tensor([2.5000])]
     """
     denominators = list(torch._foreach_sqrt(second_moments))
-    torch._foreach_div_(denominators, [(1 - beta2**t) ** 0.5 for t in steps])
+    torch._foreach_div_(denominators, root2)
     torch._foreach_add_(denominators, eps)
     return denominators
 
@@ -64,9 +60,9 @@ def adam_update_(
     grads: list[Tensor],
     first_moments: list[Tensor],
     second_moments: list[Tensor],
-    steps: Sequence[float],
     beta1: Tensor | list[Tensor],
     correction1: Tensor | list[Tensor],
+    root2: Tensor | list[Tensor],
     *,
     lr: float,
     beta2: float,
@@ -77,12 +73,12 @@ def adam_update_(
 
     Example:
         >>> w, m, v = [torch.ones(1)], [torch.zeros(1)], [torch.zeros(1)]
-        >>> adam_update_(w, [torch.ones(1)], m, v, [1.0], torch.tensor(0.9), torch.tensor(0.1), lr=0.5, beta2=0.99,
+        >>> adam_update_(w, [torch.ones(1)], m, v, torch.tensor(0.9), *torch.tensor([0.1, 0.1]), lr=0.5, beta2=0.99,
         ...              eps=0.0, weight_decay=0.0)
         >>> w
         [tensor([0.5000])]
     """
-    directions = adam_directions(grads, first_moments, second_moments, steps, beta1, correction1, beta2=beta2, eps=eps)
+    directions = adam_directions(grads, first_moments, second_moments, beta1, correction1, root2, beta2=beta2, eps=eps)
     if weight_decay:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
     torch._foreach_add_(params, directions, alpha=-lr)
@@ -95,16 +91,17 @@ def adam_step(step: Step, betas: list[Tensor]) -> None:
         step: the step; its groups have lr, beta2, eps and weight_decay.
         betas: b1 of each group, 0-dim or one per tensor.
     """
+    step.count()
     corrections = [vectors.advance_correction(beta) for vectors, beta in zip(step.vectors, betas, strict=True)]
     for bucket in step.buckets:
         group = bucket.group
         bucket.apply(
             adam_update_,
             bucket.buffers("exp_avg"),
-            bucket.buffers("exp_avg_sq"),
-            bucket.count_steps(),
+            bucket.buffers("exp_avg_sq", positive=True),
             betas[bucket.index],
             corrections[bucket.index],
+            bucket.vectors.root_of_correction(group["beta2"]),
             lr=group["lr"],
             beta2=group["beta2"],
             eps=group["eps"],

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from hf_momentum.optim.adam import adam_step
-from hf_momentum.optim.arguments import check_bool, check_choice, check_real
-from hf_momentum.optim.base import MomentumOptimizer, Step, mean_of
+from hf_momentum.optim.arguments import StateDtype, check_bool, check_choice, check_real
+from hf_momentum.optim.base import MomentumOptimizer
 from hf_momentum.optim.curvature import curvatures, observe
+from hf_momentum.optim.step import Step, mean_of
 
 Granularity = Literal["global", "tensor"]
 Difference = Literal["plain", "preconditioned"]
@@ -183,6 +184,13 @@ class AHBSGD(MomentumOptimizer):
         maximize: ascend instead of descend. Default False.
         fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
             the first step; True insists on them; False never uses them.
+        max_grad_norm: clip the norm of all gradients together to this inside the step, which costs less than clipping
+            before it; > 0, the same in all groups. None (default) does not clip. `grad_norm` has the norm.
+        state_dtype: how momenta and second moments of 4096 elements and more are stored: `"float32"` (default),
+            `"bfloat16"` or `"int8"` (eight bits and a scale per 128 elements), rounded stochastically. Computed in
+            float32.
+        stochastic_rounding: round bfloat16 weights up or down at random so that small updates count on average.
+            Default False, to nearest.
 
     State: `displacement` and `previous_grad` per parameter; in the groups `curvature`, `beta`, and one number per
     parameter for the squared norms of the last difference and displacement.
@@ -222,6 +230,9 @@ class AHBSGD(MomentumOptimizer):
         previous_grad_dtype: GradDtype = "float32",
         maximize: bool = False,
         fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -233,6 +244,9 @@ class AHBSGD(MomentumOptimizer):
             "previous_grad_dtype": previous_grad_dtype,
             "maximize": maximize,
             "fused": fused,
+            "max_grad_norm": max_grad_norm,
+            "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
         }
         super().__init__(params, defaults)
 
@@ -245,7 +259,9 @@ class AHBSGD(MomentumOptimizer):
 
     def _update(self, step: Step) -> None:
         _observe(step)
+        step.clip_gradients()
         betas = _betas(step)
+        step.count()
         for bucket in step.buckets:
             bucket.apply(
                 ahb_sgd_update_,
@@ -291,8 +307,15 @@ class AHBAdam(MomentumOptimizer):
         maximize: ascend instead of descend. Default False.
         fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
             the first step; True insists on them; False never uses them.
+        max_grad_norm: clip the norm of all gradients together to this inside the step, which costs less than clipping
+            before it; > 0, the same in all groups. None (default) does not clip. `grad_norm` has the norm.
+        state_dtype: how momenta and second moments of 4096 elements and more are stored: `"float32"` (default),
+            `"bfloat16"` or `"int8"` (eight bits and a scale per 128 elements), rounded stochastically. Computed in
+            float32.
+        stochastic_rounding: round bfloat16 weights up or down at random so that small updates count on average.
+            Default False, to nearest.
 
-    State: `exp_avg`, `exp_avg_sq`, `previous_grad` and `step` per parameter; in the groups `curvature`, `beta` and a
+    State: `exp_avg`, `exp_avg_sq` and `previous_grad` per parameter; in the groups `curvature`, `beta` and a
     few numbers per parameter.
 
     Clipping, cost, caveats and errors: as `AHBSGD`, with one buffer more than Adam.
@@ -327,6 +350,9 @@ class AHBAdam(MomentumOptimizer):
         previous_grad_dtype: GradDtype = "float32",
         maximize: bool = False,
         fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -341,6 +367,9 @@ class AHBAdam(MomentumOptimizer):
             "previous_grad_dtype": previous_grad_dtype,
             "maximize": maximize,
             "fused": fused,
+            "max_grad_norm": max_grad_norm,
+            "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
         }
         super().__init__(params, defaults)
 
@@ -376,6 +405,13 @@ class AHBAdamW(MomentumOptimizer):
         maximize: ascend instead of descend. Default False.
         fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
             the first step; True insists on them; False never uses them.
+        max_grad_norm: clip the norm of all gradients together to this inside the step, which costs less than clipping
+            before it; > 0, the same in all groups. None (default) does not clip. `grad_norm` has the norm.
+        state_dtype: how momenta and second moments of 4096 elements and more are stored: `"float32"` (default),
+            `"bfloat16"` or `"int8"` (eight bits and a scale per 128 elements), rounded stochastically. Computed in
+            float32.
+        stochastic_rounding: round bfloat16 weights up or down at random so that small updates count on average.
+            Default False, to nearest.
 
     State, clipping, cost, caveats and errors: as `AHBAdam`.
 
@@ -406,6 +442,9 @@ class AHBAdamW(MomentumOptimizer):
         previous_grad_dtype: GradDtype = "float32",
         maximize: bool = False,
         fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -420,6 +459,9 @@ class AHBAdamW(MomentumOptimizer):
             "previous_grad_dtype": previous_grad_dtype,
             "maximize": maximize,
             "fused": fused,
+            "max_grad_norm": max_grad_norm,
+            "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
         }
         super().__init__(params, defaults)
 
@@ -450,4 +492,5 @@ def _check_ahb_adam(optimizer: MomentumOptimizer, group: Mapping[str, Any]) -> N
 
 def _ahb_adam_step(step: Step) -> None:
     _observe(step)
+    step.clip_gradients()
     adam_step(step, _betas(step))

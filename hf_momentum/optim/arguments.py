@@ -1,8 +1,11 @@
 """Validation of hyperparameters: every message names the argument, the value, and what is accepted."""
 
 import math
+from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
+
+StateDtype = Literal["float32", "bfloat16", "int8"]
 
 
 def check_real(
@@ -84,14 +87,31 @@ def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) ->
         raise ValueError(f"{owner}: {name} must be one of {accepted}, got {value!r}")
 
 
-def check_fused(owner: str, value: Any) -> None:
-    """Raise unless `value` is None, True or False.
+def check_common(owner: str, group: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
+    """Raise unless the arguments that every optimizer has are valid, and the same in all groups where they must be.
+
+    Args:
+        owner: the optimizer's name.
+        group: a parameter group with `fused`, `max_grad_norm`, `state_dtype` and `stochastic_rounding`.
+        others: the groups before it.
 
     Example:
-        >>> check_fused("TAM", "yes")
+        >>> choices = {"fused": None, "max_grad_norm": 0, "state_dtype": "float32", "stochastic_rounding": False}
+        >>> check_common("TAM", choices, [])
         Traceback (most recent call last):
         ...
-        TypeError: TAM: fused must be None (kernels where they can be had), True or False, got 'yes'
+        ValueError: TAM: max_grad_norm must be a number in (0, inf), got 0; None does not clip
     """
-    if value is not None and not isinstance(value, bool):
-        raise TypeError(f"{owner}: fused must be None (kernels where they can be had), True or False, got {value!r}")
+    fused, max_norm = group["fused"], group["max_grad_norm"]
+    if fused is not None and not isinstance(fused, bool):
+        raise TypeError(f"{owner}: fused must be None (kernels where they can be had), True or False, got {fused!r}")
+    if max_norm is not None:
+        check_real(owner, "max_grad_norm", max_norm, 0, low_open=True, hint="None does not clip")
+    check_choice(owner, "state_dtype", group["state_dtype"], ("float32", "bfloat16", "int8"))
+    check_bool(owner, "stochastic_rounding", group["stochastic_rounding"])
+    for other in others:
+        if other["max_grad_norm"] != max_norm:
+            raise ValueError(
+                f"{owner}: max_grad_norm bounds the norm of all gradients together, so it must be the same in all "
+                f"groups; got {max_norm} beside {other['max_grad_norm']}"
+            )

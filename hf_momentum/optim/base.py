@@ -1,8 +1,7 @@
 """What every optimizer of this package shares: collecting pieces, exact checkpoints, clear refusals.
 
-A method's own file holds its mathematics and does not know how the tensors lie. The one base class here holds the
-bookkeeping around it: it hands a method a `Step`, whose buckets are lists of whatever pieces this process holds, and
-whose `totals` turn sums over pieces into sums over tensors.
+The one base class holds the bookkeeping around a method: it hands the method a `Step`, whose buckets are lists of
+whatever pieces this process holds, and whose `totals` turn sums over pieces into sums over tensors.
 """
 
 import logging
@@ -11,14 +10,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hf_momentum.kernels import Gradients, alignment_sums, cpu, sum_dtype
-from hf_momentum.optim.arguments import check_fused
+from hf_momentum.kernels import SMALLEST, choice
+from hf_momentum.optim.arguments import check_common
+from hf_momentum.optim.piece_state import PieceState
+from hf_momentum.optim.step import Bucket, Clip, GroupVectors, Plan, Step, compute_dtype
 from hf_momentum.sharding import (
     Holder,
     Layout,
@@ -32,7 +35,8 @@ from hf_momentum.sharding import (
 
 _LOGGER = logging.getLogger("hf_momentum")
 
-_HALF = (torch.float16, torch.bfloat16)
+COMMON = {"fused": None, "max_grad_norm": None, "state_dtype": "float32", "stochastic_rounding": False}
+"""What every optimizer takes; how a step is carried out, not what it computes, so a loaded state does not change it."""
 
 
 @dataclass(eq=False)
@@ -42,20 +46,30 @@ class _Known:
     Attributes:
         ids: of the parameters, by which it knows that they are the same.
         layout: how they lie.
-        active, buckets: which had a gradient in the last step and how that one was sorted; empty unless all of it
+        active, buckets: which had a gradient in the last step and how that one was sorted; no buckets unless all of it
             is whole tensors that kernels take.
+        idle: the parameters without a gradient in it.
+        states: the identities of all state dictionaries, by which those in the buckets are known to be current.
+        state_dtypes: of the groups, by which the buckets were sorted.
     """
 
     ids: list[int]
     layout: Layout
     active: Sequence[Sequence[int]] = ()
-    buckets: "Sequence[Bucket]" = ()
+    buckets: Sequence[Bucket] = ()
+    idle: Sequence[Tensor] = ()
+    states: Sequence[int] = ()
+    state_dtypes: Sequence[str] = ()
 
-    def keep(self, active: Sequence[Sequence[int]], buckets: "Sequence[Bucket]") -> None:
-        """Keep the buckets of a step for the next one, without its gradients and its state."""
+    def keep(self, active: Sequence[Sequence[int]], buckets: Sequence[Bucket], groups: list[dict[str, Any]]) -> None:
+        """Keep the buckets of a step for the next one, without its gradients."""
         whole = all(bucket.fused and not any(isinstance(x, DTensor) for x in bucket.holders) for bucket in buckets)
-        self.active = active if whole else ()
-        self.buckets = [replace(bucket, raw_grads=[], states=[]) for bucket in buckets] if whole else ()
+        self.active, self.buckets, self.states = active, (), ()
+        if whole:
+            self.buckets = [replace(bucket, raw_grads=[], tables={}) for bucket in buckets]
+        self.state_dtypes = [group["state_dtype"] for group in groups]
+        pairs = zip(groups, active, strict=True)
+        self.idle = [p for group, at in pairs for i, p in enumerate(group["params"]) if i not in set(at)]
 
 
 _SAID: "weakref.WeakSet[MomentumOptimizer]" = weakref.WeakSet()
@@ -66,355 +80,22 @@ _SAID: "weakref.WeakSet[MomentumOptimizer]" = weakref.WeakSet()
 _BUCKET_ELEMENTS = 2**26
 
 
-@dataclass(frozen=True)
-class GroupVectors:
-    """The numbers that one parameter group keeps for each of its tensors; the same on every process.
-
-    Attributes:
-        group: the parameter group, which holds the vectors, so that every checkpoint does.
-        count: the number of its tensors, whatever pieces of them this process holds.
-        active: the positions of those that have a gradient in this step.
-        device: where the vectors lie.
-    """
-
-    group: dict[str, Any]
-    count: int
-    active: Sequence[int]
-    device: torch.device
-
-    def get(self, name: str, initial: float = 0.0) -> Tensor:
-        """The vector `name`, one float64 entry per tensor, filled with `initial` at its first use."""
-        vector: Tensor | None = self.group.get(name)
-        if vector is None:
-            vector = torch.full((self.count,), initial, dtype=sum_dtype(self.device), device=self.device)
-        self.group[name] = vector = vector.to(self.device)  # a loaded state may lie elsewhere
-        return vector
-
-    def put(self, name: str, values: Tensor, initial: float = 0.0) -> Tensor:
-        """Store the entries of `values` for the tensors that have a gradient; the others keep theirs."""
-        self.group[name] = vector = merged(self.get(name, initial), self.active, values)
-        return vector
-
-    def advance_correction(self, beta: Tensor) -> Tensor:
-        """1 - prod(beta) over each tensor's steps so far, this one's `beta` included.
-
-        The bias of an average whose beta varies: with beta constant it is Adam's 1 - beta^t. The group keeps the
-        complement itself, c = 1 - b (1 - c), so that it starts at 0 like every other vector.
-
-        Args:
-            beta: one for all tensors or one for each.
-        """
-        return self.put("correction1", 1 - beta.to(self.device) * (1 - self.get("correction1")))
+def _copied(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in group.items()}
 
 
-class StepCounters:
-    """The `step` of state dictionaries, each read from its tensor at most once and advanced at most once.
-
-    A partition of many tensors has one state, hence one counter, for all of them.
-
-    Example:
-        >>> counters, state = StepCounters(), {}
-        >>> counters.advance(state), counters.advance(state), counters.read(state), state
-        (1.0, 1.0, 1.0, {'step': tensor(1.)})
-    """
-
-    def __init__(self) -> None:
-        self._values: dict[int, float] = {}
-        self._advanced: set[int] = set()
-
-    def read(self, state: dict[str, Any]) -> float:
-        """The count; 0 before the first step."""
-        if id(state) not in self._values:
-            self._values[id(state)] = float(state["step"].item()) if "step" in state else 0.0
-        return self._values[id(state)]
-
-    def advance(self, state: dict[str, Any]) -> float:
-        """The count with the current step."""
-        if id(state) not in self._advanced:
-            self._advanced.add(id(state))
-            self._values[id(state)] = self.read(state) + 1
-            if "step" in state:
-                state["step"].add_(1)
-            else:
-                state["step"] = torch.ones(())
-        return self._values[id(state)]
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Pieces of tensors of one group that have a gradient and share a device and a dtype, ready for `_foreach` calls.
-
-    Attributes:
-        group: the parameter group, with its hyperparameters.
-        vectors: what the group keeps for each tensor.
-        index: the group's place among the step's groups.
-        pieces: which part of which tensor each entry is.
-        params: the pieces themselves; whole tensors where nothing is sharded.
-        raw_grads: their gradients as they are; `gradients()` gives what a rule works on.
-        holders: the tensors that hold the pieces, whose shape the state has.
-        states: the state dictionaries of the holders.
-        counters: the `step` of each state, read and advanced once per step; shared by all buckets.
-        fused: whether kernels may take it; `apply` and the sums choose by it, and nothing else does.
-    """
-
-    group: dict[str, Any]
-    vectors: GroupVectors
-    index: int
-    pieces: list[Piece]
-    params: list[Tensor]
-    raw_grads: list[Tensor]
-    holders: list[Tensor]
-    states: list[dict[str, Any]]
-    counters: StepCounters
-    fused: bool = False
-
-    @property
-    def device(self) -> torch.device:
-        """The device that holds every piece of the bucket."""
-        return self.params[0].device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype in which the bucket is computed and its state is kept."""
-        return compute_dtype(self.params[0])
-
-    def elements(self) -> int:
-        """The number of elements of all its pieces."""
-        return sum(param.numel() for param in self.params)
-
-    def apply(self, update: Callable[..., None], *arguments: Any, gradients: bool = True, **numbers: Any) -> None:
-        """Update the weights by a pure function on lists, or by the kernel of the same name where the bucket is fused.
-
-        Args:
-            update: takes weights, gradients, `arguments` and `numbers`, and works in place.
-            arguments: lists of state tensors; vectors, 0-dim or one entry per tensor of the group; anything else as
-                it is.
-            gradients: False for an update that takes none.
-            numbers: hyperparameters.
-
-        Raises:
-            RuntimeError: the group insists on kernels, and a state tensor is of another dtype or layout than they take.
-        """
-        kernel = self._kernel(update, arguments)
-        if kernel is not None:
-            chosen = [self._chosen(x) if isinstance(x, Tensor) else x for x in arguments]
-            kernel(self.params, *[self._unformed()] * gradients, *chosen, **numbers)
-            return
-        weights = self.weights()
-        chosen = [self.scalars(x) if isinstance(x, Tensor) else x for x in arguments]
-        update(weights, *[self.decayed_gradients()] * gradients, *chosen, **numbers)
-        self.store(weights)
-
-    def advance(self, function: Callable[..., Tensor], *arguments: Any, decayed: bool = True, **numbers: Any) -> Tensor:
-        """Advance state tensors by the gradients, and return sums: by a pure function or its kernel, as `apply`.
-
-        Args:
-            function: takes gradients, `arguments` and `numbers`; returns `[pieces, ...]`.
-            arguments: lists of state tensors, and anything else as it is.
-            decayed: whether coupled weight decay enters the gradients.
-            numbers: hyperparameters.
-        """
-        kernel = self._kernel(function, arguments)
-        if kernel is not None:
-            unformed = self._unformed()
-            found: Tensor = kernel(unformed if decayed else replace(unformed, decay=0.0), *arguments, **numbers)
-            return found
-        return function(self.decayed_gradients() if decayed else self.gradients(), *arguments, **numbers)
-
-    def alignment_sums(self, xs: list[Tensor]) -> Tensor:
-        """`<x, g>, <x, x>, <g, g>` of each piece and its gradient with coupled decay, `[pieces, 3]`."""
-        kernel = self._kernel(alignment_sums, [xs])
-        if kernel is None:
-            return alignment_sums(xs, self.decayed_gradients())
-        sums: Tensor = kernel(self._unformed(), xs)
-        return sums
-
-    def _kernel(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any] | None:
-        """The kernel that stands in for a function on lists, if this bucket and this state can have it."""
-        if not self.fused:
-            return None
-        lists = [x for x in arguments if isinstance(x, list) and x and isinstance(x[0], Tensor)]
-        kernel = cpu.kernel(function.__name__, lists)
-        if kernel is not None:
-            return kernel
-        if self.group["fused"]:
-            raise RuntimeError(
-                f"fused=True, but there is no kernel {function.__name__} for the state of group {self.index}; kernels "
-                "take contiguous float32 on the CPU. Let fused be None, or load a state that this package saved"
-            )
-        return None
-
-    def _unformed(self) -> Gradients:
-        """What `decayed_gradients()` forms, for kernels that form it on the way."""
-        coupled = self.group["weight_decay"] - self.decoupled_decay()
-        return Gradients(self.raw_grads, self.params, -1.0 if self.group["maximize"] else 1.0, coupled)
-
-    def _chosen(self, values: Tensor) -> Tensor:
-        """`values`, 0-dim or one per tensor of the group, with one entry per piece in float64."""
-        values = values.double()
-        return values if values.dim() == 0 else values[[piece.position for piece in self.pieces]]
-
-    def scalars(self, values: Tensor) -> Tensor | list[Tensor]:
-        """`values`, 0-dim or one per tensor of the group, as `_foreach` functions take them for this bucket."""
-        values = values.to(device=self.device, dtype=self.dtype)
-        if values.dim() == 0:
-            return values
-        rows = values.unbind()
-        return [rows[piece.position] for piece in self.pieces]
-
-    def buffers(self, name: str, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """The pieces of the state tensor `name`, created as zeros at its first use, in the compute dtype by default."""
-        for holder, state in zip(self.holders, self.states, strict=True):
-            if name not in state:
-                state[name] = torch.zeros_like(holder, dtype=dtype or self.dtype, memory_format=torch.preserve_format)
-        return [piece.of(state[name]) for piece, state in zip(self.pieces, self.states, strict=True)]
-
-    def count_steps(self) -> list[float]:
-        """Advance each `step` by one, once per step of the optimizer, and return them.
-
-        The counters are 0-dim tensors in host memory, as in torch's own Adam: reading them waits for no device.
-        """
-        return [self.counters.advance(state) for state in self.states]
-
-    def steps(self) -> list[float]:
-        """The steps counted so far; 0 before the first."""
-        return [self.counters.read(state) for state in self.states]
-
-    def gradients(self) -> list[Tensor]:
-        """The gradients of the loss in the compute dtype, negated if `maximize`.
-
-        Formed anew at each call, so that float32 copies of half-precision gradients exist for one bucket at a time.
-        """
-        grads = [grad.to(self.dtype) for grad in self.raw_grads]
-        return list(torch._foreach_neg(grads)) if self.group["maximize"] else grads
-
-    def decayed_gradients(self) -> list[Tensor]:
-        """`gradients()` plus wd w where the weight decay is coupled; `p.grad` is left alone."""
-        wd = self.group["weight_decay"]
-        if not wd or self.group.get("decoupled_weight_decay", True):
-            return self.gradients()
-        return list(torch._foreach_add(self.gradients(), self.weights(), alpha=wd))
-
-    def decoupled_decay(self) -> float:
-        """The weight decay that shrinks the weights; 0 where it enters the gradient instead."""
-        decay: float = self.group["weight_decay"] if self.group.get("decoupled_weight_decay", True) else 0.0
-        return decay
-
-    def weights(self) -> list[Tensor]:
-        """The parameters in the compute dtype: themselves, or float32 copies to be written back by `store`."""
-        if self.params[0].dtype == self.dtype:
-            return self.params
-        return [param.to(self.dtype) for param in self.params]
-
-    def store(self, weights: list[Tensor]) -> None:
-        """Write updated `weights` back, rounding once to the parameters' dtype."""
-        if weights is not self.params:
-            torch._foreach_copy_(self.params, weights)
-
-
-def compute_dtype(param: Tensor) -> torch.dtype:
-    """float32 for half-precision parameters, else the parameter's own dtype.
-
-    Example:
-        >>> compute_dtype(torch.zeros(1, dtype=torch.bfloat16))
-        torch.float32
-    """
-    return torch.float32 if param.dtype in _HALF else param.dtype
-
-
-def merged(old: Tensor, positions: Sequence[int], new: Tensor) -> Tensor:
-    """A vector with the entries of `new` at `positions` and those of `old` elsewhere, without a transfer from the host.
-
-    Indexing with a Python list would copy it to the device and wait; views and one stack do not.
-
-    Example:
-        >>> merged(torch.tensor([1.0, 2.0, 3.0]), [0, 2], torch.tensor([7.0, 8.0, 9.0]))
-        tensor([7., 2., 9.])
-    """
-    if len(positions) == len(old):
-        return new
-    rows, replaced = list(old.unbind()), new.unbind()
-    for position in positions:
-        rows[position] = replaced[position]
-    return torch.stack(rows)
+def _undo_where(skip: Tensor, groups: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
+    """Give the numbers that groups keep their values from before the step where `skip` is not 0; nothing waits."""
+    for group, old in zip(groups, before, strict=True):
+        for name, new in group.items():
+            if isinstance(new, Tensor):
+                was = old.get(name)
+                was = torch.zeros_like(new) if not isinstance(was, Tensor) or was.shape != new.shape else was.to(new)
+                group[name] = torch.where(skip.to(new.device) != 0, was, new)
 
 
 def _copy_cut(target: Tensor, piece: Piece, whole: Tensor) -> None:
     target.copy_(whole.reshape(-1).narrow(0, piece.offset, piece.numel))
-
-
-def mean_of(values: list[Tensor]) -> Tensor:
-    """The mean over all entries of 0-dim and 1-D tensors, unknown (NaN) ones left out, on the first one's device.
-
-    Example:
-        >>> mean_of([torch.tensor(1.0), torch.tensor([3.0, torch.nan])])
-        tensor(2.)
-    """
-    device = values[0].device
-    return torch.cat([value.reshape(-1).to(device) for value in values]).nanmean()
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step, as a method sees it.
-
-    Attributes:
-        groups: the parameter groups.
-        vectors: what each of them keeps for its tensors.
-        buckets: the pieces that this process updates; may be empty where it holds only padding.
-        numbers: each group's place among the groups that the user gave.
-        layout: how the tensors lie.
-        clipping: by what number a wrapper has divided the gradients to clip them; 1 where the caller clips.
-    """
-
-    groups: list[dict[str, Any]]
-    vectors: list[GroupVectors]
-    buckets: list[Bucket]
-    numbers: list[int]
-    layout: Layout
-    clipping: Callable[[], Tensor | float]
-
-    @property
-    def device(self) -> torch.device:
-        """Where sums over the model are formed."""
-        return self.vectors[0].device
-
-    def sum_over(self, name: str) -> Tensor:
-        """The sum of the groups' vectors `name` over all tensors that have a gradient in this step; 0-dim."""
-        entries: list[Tensor] = []
-        for vectors in self.vectors:
-            rows = vectors.get(name).unbind()
-            entries += [rows[i] for i in vectors.active]
-        return torch.stack(entries).sum()
-
-    def totals(self, rows: Sequence[Tensor], width: int) -> list[Tensor]:
-        """Sums over tensors from sums over pieces; the one communication of a step.
-
-        Every process of a run calls it the same number of times, also one that holds nothing.
-
-        Args:
-            rows: for each bucket a `[pieces, width]` tensor.
-            width: the number of sums.
-
-        Returns:
-            For each group a `[tensors, width]` table, the same on every process; zeros for tensors without a gradient.
-        """
-        first = [sum(self.layout.counts[:number]) for number in range(len(self.layout.counts))]
-        empty = torch.zeros(sum(self.layout.counts), width, dtype=sum_dtype(self.device), device=self.device)
-        if self.device.type == "cpu":  # where an index is no transfer
-            for bucket, sums in zip(self.buckets, rows, strict=True):
-                at = torch.tensor([first[piece.group] + piece.position for piece in bucket.pieces])
-                empty.index_copy_(0, at, sums.to(self.device))
-            return self._by_group(self.layout.totals(empty))
-        lines = list(empty)
-        for bucket, sums in zip(self.buckets, rows, strict=True):
-            for piece, line in zip(bucket.pieces, sums.to(self.device).unbind(), strict=True):
-                lines[first[piece.group] + piece.position] = line
-        return self._by_group(self.layout.totals(torch.stack(lines)))
-
-    def _by_group(self, table: Tensor) -> list[Tensor]:
-        parts = table.split(list(self.layout.counts))
-        return [parts[number] for number in self.numbers]
 
 
 class MomentumOptimizer(torch.optim.Optimizer):
@@ -430,6 +111,9 @@ class MomentumOptimizer(torch.optim.Optimizer):
     PER_TENSOR: ClassVar[tuple[str, ...]] = ()
     """Names of the group entries that may hold one value per parameter, for logs."""
 
+    grad_norm: Tensor | None = None
+    """The norm of the last step's gradients before clipping, 0-dim, on their device; None without `max_grad_norm`."""
+
     wrapper: Any = None
     """DeepSpeed's optimizer around this one, which clips before it calls `step`; None elsewhere."""
 
@@ -439,7 +123,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         # Weak, because FSDP2 must be able to free the tensors that it replaces.
         self._given: list[list[weakref.ref[Tensor]]] = []
-        super().__init__(params, {"algorithm": type(self).__name__, "fused": None, **defaults})
+        super().__init__(params, {"algorithm": type(self).__name__, **COMMON, **defaults})
 
     def _check(self, group: Mapping[str, Any]) -> None:
         raise NotImplementedError
@@ -454,7 +138,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
             TypeError, ValueError: a hyperparameter of the group is of the wrong type or out of range.
         """
         given = {**self.defaults, **param_group}
-        check_fused(type(self).__name__, given["fused"])
+        check_common(type(self).__name__, given, self.param_groups)
         self._check(given)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -467,6 +151,9 @@ class MomentumOptimizer(torch.optim.Optimizer):
                 )
         self._given.append([weakref.ref(param) for param in group["params"]])
 
+    # torch.compile breaks its graph here and runs the step as it is: the kernels are fast already, and what lies around
+    # them (which tensors have a gradient, pointers) is not for tracing. torch's own `zero_grad` is marked like this.
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Perform one update.
@@ -488,12 +175,36 @@ class MomentumOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         collected = self._collect()
-        if collected is not None:
-            step, holders = collected
-            self._update(step)
-            if step.layout.publish is not None:
-                step.layout.publish(holders)
+        if collected is None:
+            return loss
+        step, holders = collected
+        skip = step.clip.skip
+        if skip is not None and not all(bucket.fused for bucket in step.buckets) and bool(skip):
+            return loss
+        before = [_copied(group) for group in step.groups] if skip is not None else []
+        self._update(step)
+        self.grad_norm = step.clip.norm
+        if skip is not None:
+            _undo_where(skip, step.groups, before)
+        if step.layout.publish is not None:
+            step.layout.publish(holders)
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch's GradScaler may leave it to the kernels to unscale and to skip, so that nothing waits."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        return all(param.is_cuda and not isinstance(param, DTensor) for param in params) and not any(
+            group["fused"] is False or choice.obstacle(param, param.detach())
+            for group in self.param_groups
+            for param in group["params"][:1]
+        )
+
+    def _clip(self) -> Clip:
+        """What this step's gradients are multiplied by; torch's GradScaler sets `grad_scale` and `found_inf`."""
+        scale, found = vars(self).get("grad_scale"), vars(self).get("found_inf")
+        max_norm = self.param_groups[0]["max_grad_norm"]
+        return Clip(max_norm, 1.0 if scale is None else 1 / scale.double(), None, found)
 
     def layout(self) -> Layout:
         """How the tensors lie now, before or after the first step.
@@ -559,7 +270,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
         Args:
             observing: only look; under ZeRO, whose gradients are not whole before the last call, there is nothing then.
         """
-        layout, partitions = self.layout(), self._zero
+        layout, partitions, clip = self.layout(), self._zero, self._clip()
         if partitions is not None:
             arrived = None if observing else partitions.arrive(self.param_groups)
             if arrived is None:
@@ -569,13 +280,13 @@ class MomentumOptimizer(torch.optim.Optimizer):
             active = [partitions.active[number] for number in numbers]
         else:
             groups, numbers, holders, active = self.param_groups, list(range(len(self.param_groups))), [], []
+            again = self._same_buckets(groups)
+            if again is not None and self._layout is not None:
+                vectors = self._vectors(layout, groups, numbers, self._layout.active, again[0].device)
+                buckets = [replace(bucket, vectors=vectors[bucket.index], clip=clip, tables={}) for bucket in again]
+                return Step(groups, vectors, buckets, numbers, layout, self._clipping, clip), holders
             for group in groups:
                 active.append(tuple(i for i, param in enumerate(group["params"]) if param.grad is not None))
-            again = self._same_buckets(groups, active)
-            if again is not None:
-                vectors = self._vectors(layout, groups, numbers, active, again[0].device)
-                buckets = [replace(bucket, vectors=vectors[bucket.index]) for bucket in again]
-                return Step(groups, vectors, buckets, numbers, layout, self._clipping), holders
             for number, positions in enumerate(active):
                 for i in positions:
                     param = groups[number]["params"][i]
@@ -583,10 +294,10 @@ class MomentumOptimizer(torch.optim.Optimizer):
         if not holders:
             return None
         vectors = self._vectors(layout, groups, numbers, active, holders[0].tensor.device)
-        buckets = self._buckets(groups, numbers, vectors, holders)
+        buckets = self._buckets(groups, numbers, vectors, holders, clip)
         if self._layout is not None:
-            self._layout.keep(active, buckets)
-        return Step(groups, vectors, buckets, numbers, layout, self._clipping), holders
+            self._layout.keep(active, buckets, groups)
+        return Step(groups, vectors, buckets, numbers, layout, self._clipping, clip), holders
 
     @staticmethod
     def _vectors(
@@ -601,17 +312,24 @@ class MomentumOptimizer(torch.optim.Optimizer):
             for group, number, positions in zip(groups, numbers, active, strict=True)
         ]
 
-    def _same_buckets(self, groups: list[dict[str, Any]], active: Sequence[Sequence[int]]) -> list[Bucket] | None:
+    def _same_buckets(self, groups: list[dict[str, Any]]) -> list[Bucket] | None:
         """The last step's buckets with the gradients of this one, if they still fit; sorting 400 tensors takes long."""
-        if self._layout is None or self._layout.active != active:
+        known = self._layout
+        if known is None or known.state_dtypes != [group["state_dtype"] for group in groups]:
             return None
-        found, counters = [], StepCounters()
-        for bucket in self._layout.buckets:
-            group, grads = groups[bucket.index], [param.grad for param in bucket.holders if param.grad is not None]
-            if group["fused"] is False or not cpu.takes(bucket.params, grads):
+        if not all(param.grad is None for param in known.idle):
+            return None
+        same = known.states == list(map(id, self.state.values()))
+        found = []
+        for bucket in known.buckets:
+            group, grads = groups[bucket.index], list(map(attrgetter("grad"), bucket.holders))
+            if group["fused"] is False or not choice.takes(bucket.params, grads):
                 return None
-            states = [self.state[param] for param in bucket.holders]
-            found.append(replace(bucket, group=group, raw_grads=grads, states=states, counters=counters))
+            states = bucket.states if same else [self.state[param] for param in bucket.holders]
+            found.append(replace(bucket, group=group, raw_grads=grads, states=states))
+        if not same:
+            known.states = list(map(id, self.state.values()))
+            known.buckets = [replace(old, states=new.states) for old, new in zip(known.buckets, found, strict=True)]
         return found or None
 
     def _buckets(
@@ -620,12 +338,12 @@ class MomentumOptimizer(torch.optim.Optimizer):
         numbers: list[int],
         vectors: list[GroupVectors],
         holders: list[Holder],
+        clip: Clip,
     ) -> list[Bucket]:
         buckets: list[Bucket] = []
-        open_buckets: dict[tuple[int, torch.device, torch.dtype, bool], Bucket] = {}
-        counters = StepCounters()
+        open_buckets: dict[tuple[Any, ...], Bucket] = {}
         unfused: Counter[str] = Counter()
-        elements: dict[tuple[int, torch.device, torch.dtype, bool], int] = {}
+        elements: dict[tuple[Any, ...], int] = {}
         for holder in holders:
             require_like(holder.tensor, holder.grad)
             for piece in holder.pieces:
@@ -636,30 +354,34 @@ class MomentumOptimizer(torch.optim.Optimizer):
                     )
                 param, grad = piece.of(holder.tensor), piece.of(holder.grad)
                 index = numbers.index(piece.group)
-                obstacle = self._obstacle(groups[index], piece, param, grad)
+                group = groups[index]
+                obstacle = self._obstacle(group, piece, param, grad)
                 if obstacle:
                     unfused[obstacle] += 1
-                key = (piece.group, param.device, param.dtype, not obstacle)
+                small = piece.numel < SMALLEST or compute_dtype(param) != torch.float32
+                reduced = group["state_dtype"] != "float32" and not small
+                key = (piece.group, param.device, param.dtype, not obstacle, reduced)
                 bucket = open_buckets.get(key)
                 if bucket is None or elements[key] + param.numel() > _BUCKET_ELEMENTS:
-                    vector = vectors[index]
-                    bucket = Bucket(groups[index], vector, index, [], [], [], [], [], counters, fused=not obstacle)
+                    plan = Plan(vectors[index].count)
+                    bucket = Bucket(group, vectors[index], index, clip, plan, fused=not obstacle, reduced=reduced)
                     open_buckets[key], elements[key] = bucket, 0
                     buckets.append(bucket)
                 elements[key] += param.numel()
-                bucket.pieces.append(piece)
+                bucket.plan.pieces.append(piece)
                 bucket.params.append(param)
                 bucket.raw_grads.append(grad)
                 bucket.holders.append(holder.tensor)
+                bucket.siblings.append(holder.pieces)
                 bucket.states.append(self.state[holder.tensor])
-        self._say_which_path(sum(len(bucket.pieces) for bucket in buckets), unfused)
+        self._say_which_path(buckets, unfused)
         return buckets
 
     def _obstacle(self, group: dict[str, Any], piece: Piece, param: Tensor, grad: Tensor) -> str:
         """Why the kernels do not take a piece; empty where they do."""
         if group["fused"] is False:
             return "fused=False"
-        obstacle = cpu.obstacle(param, grad) or cpu.available()[1]
+        obstacle = choice.obstacle(param, grad)
         if obstacle and group["fused"]:
             raise RuntimeError(
                 f"{type(self).__name__}: fused=True, but there are no kernels for parameter {piece.position} of group "
@@ -667,13 +389,16 @@ class MomentumOptimizer(torch.optim.Optimizer):
             )
         return obstacle
 
-    def _say_which_path(self, count: int, unfused: Counter[str]) -> None:
+    def _say_which_path(self, buckets: Sequence[Bucket], unfused: Counter[str]) -> None:
         """One line in the log at the first step."""
         if self in _SAID:
             return
         _SAID.add(self)
-        fused = count - unfused.total()
-        parts = [f"CPU kernels for {fused} of {count} tensors or pieces"] if fused else []
+        count, fused = sum(len(bucket.pieces) for bucket in buckets), Counter[str]()
+        for bucket in buckets:
+            if bucket.fused:
+                fused[choice.name_of(bucket.device)] += len(bucket.pieces)
+        parts = [f"{name} for {number} of {count} tensors or pieces" for name, number in fused.items()]
         parts += [f"foreach for {number} ({reason})" for reason, number in unfused.items()]
         _LOGGER.info("%s: %s", type(self).__name__, "; ".join(parts))
 
@@ -703,14 +428,32 @@ class MomentumOptimizer(torch.optim.Optimizer):
                     found.setdefault(name, []).extend(zip(params, vector.unbind(), strict=True))
         return found
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state, complete, and in float32 or bfloat16 whatever `state_dtype` is.
+
+        State in eight bits is written out as float32 tensors like the parameters, so that a checkpoint of one
+        `state_dtype` loads into any other, and into any layout. Packed again it gives the same values bit for bit.
+        """
+        found = super().state_dict()
+        for key, state in found["state"].items():
+            found["state"][key] = {
+                name: value.expanded() if isinstance(value, PieceState) else value for name, value in state.items()
+            }
+        return found
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of the same algorithm so that training continues bit for bit.
+
+        How a step is carried out (`fused`, `state_dtype`, `stochastic_rounding`, `max_grad_norm`) stays as it is.
 
         Raises:
             ValueError: the state dict was saved by another optimizer, or its groups do not fit.
         """
         self._require_own(state_dict)
+        kept = [{name: group[name] for name in COMMON} for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, common in zip(self.param_groups, kept, strict=True):
+            group.update(common)
         # torch casts state to the dtype of its parameter, which would round float32 state of bf16 weights.
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -748,7 +491,8 @@ class MomentumOptimizer(torch.optim.Optimizer):
                 self._store(holder, piece, name, value)
         for number, group in enumerate(self.param_groups):
             entries = saved[number if self._zero is None else group["index"]]
-            group.update({key: value for key, value in entries.items() if key not in ("params", "param_names")})
+            own = {"params", "param_names", *COMMON}
+            group.update({key: value for key, value in entries.items() if key not in own})
 
     @torch.no_grad()
     def load_master_weights(self, weights: Sequence[Sequence[Tensor]]) -> None:
@@ -773,15 +517,15 @@ class MomentumOptimizer(torch.optim.Optimizer):
 
     def _store(self, holder: Tensor, piece: Piece, name: str, value: Any) -> None:
         state = self.state[holder]
-        if not isinstance(value, Tensor) or (value.dim() == 0 and name == "step"):
-            state[name] = value.clone() if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            state[name] = value
         elif isinstance(holder, DTensor):
             whole = value.to(holder.device)
             state[name] = distribute_tensor(whole, holder.device_mesh, holder.placements, src_data_rank=None)
         elif piece.start is None:
             state[name] = value.to(holder.device, copy=True)
         else:
-            if name not in state:
+            if isinstance(state.get(name, None), PieceState | None):
                 state[name] = torch.zeros_like(holder, dtype=value.dtype)
             _copy_cut(piece.of(state[name]), piece, value)
 
@@ -789,6 +533,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         for index, group in enumerate(self.param_groups):
             group.setdefault("index", index)
-            group.setdefault("fused", None)  # checkpoints from before there were kernels
+            for name, value in COMMON.items():
+                group.setdefault(name, value)  # checkpoints from before there were such choices
         if "_given" not in self.__dict__:  # a copy made by copy.deepcopy or pickle holds its own parameters
             self._given = [[weakref.ref(param) for param in group["params"]] for group in self.param_groups]

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from hf_momentum.kernels import sum_dtype
 from hf_momentum.optim.adam import adam_step
-from hf_momentum.optim.arguments import check_bool, check_choice, check_real
-from hf_momentum.optim.base import MomentumOptimizer, Step, mean_of
+from hf_momentum.optim.arguments import StateDtype, check_bool, check_choice, check_real
+from hf_momentum.optim.base import MomentumOptimizer
 from hf_momentum.optim.curvature import curvatures, observe
 from hf_momentum.optim.momentum_laws import CRITICAL, FORMULAS, HIGH, LOW
+from hf_momentum.optim.step import Step, mean_of
 
 SGDLaw = Literal["critical", "critical_exact", "critical_nesterov"]
 AdamLaw = Literal["critical", "critical_exact"]
@@ -151,6 +152,13 @@ class CriticalSGD(MomentumOptimizer):
         maximize: ascend instead of descend. Default False.
         fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
             the first step; True insists on them; False never uses them.
+        max_grad_norm: clip the norm of all gradients together to this inside the step, which costs less than clipping
+            before it; > 0, the same in all groups. None (default) does not clip. `grad_norm` has the norm.
+        state_dtype: how momenta and second moments of 4096 elements and more are stored: `"float32"` (default),
+            `"bfloat16"` or `"int8"` (eight bits and a scale per 128 elements), rounded stochastically. Computed in
+            float32.
+        stochastic_rounding: round bfloat16 weights up or down at random so that small updates count on average.
+            Default False, to nearest.
 
     State: `momentum_buffer` per parameter, with a measured curvature also `previous_grad` (and with critical_nesterov
     `direction`); in the groups `mu`, `damping_ratio` = (1 - mu) / (2 sqrt(lr L)) and what the measurement needs.
@@ -186,6 +194,9 @@ class CriticalSGD(MomentumOptimizer):
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
         fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -197,6 +208,9 @@ class CriticalSGD(MomentumOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
             "fused": fused,
+            "max_grad_norm": max_grad_norm,
+            "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
         }
         super().__init__(params, defaults)
 
@@ -204,7 +218,9 @@ class CriticalSGD(MomentumOptimizer):
         _check_critical(self, group, tuple(CRITICAL))
 
     def _update(self, step: Step) -> None:
+        step.clip_gradients()
         momenta = _momenta(step)
+        step.count()
         for bucket in step.buckets:
             group = bucket.group
             nesterov = group["law"] == "critical_nesterov"
@@ -214,7 +230,7 @@ class CriticalSGD(MomentumOptimizer):
                 critical_sgd_update_,
                 bucket.buffers("momentum_buffer"),
                 momenta[bucket.index],
-                bucket.buffers("direction") if keep else None,
+                bucket.buffers("direction", bucket.dtype) if keep else None,
                 lr=group["lr"],
                 weight_decay=bucket.decoupled_decay(),
                 nesterov=nesterov,
@@ -251,8 +267,15 @@ class CriticalAdamW(MomentumOptimizer):
         maximize: ascend instead of descend. Default False.
         fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
             the first step; True insists on them; False never uses them.
+        max_grad_norm: clip the norm of all gradients together to this inside the step, which costs less than clipping
+            before it; > 0, the same in all groups. None (default) does not clip. `grad_norm` has the norm.
+        state_dtype: how momenta and second moments of 4096 elements and more are stored: `"float32"` (default),
+            `"bfloat16"` or `"int8"` (eight bits and a scale per 128 elements), rounded stochastically. Computed in
+            float32.
+        stochastic_rounding: round bfloat16 weights up or down at random so that small updates count on average.
+            Default False, to nearest.
 
-    State: `exp_avg`, `exp_avg_sq` and `step` per parameter, with a measured curvature also `previous_grad`; in the
+    State: `exp_avg` and `exp_avg_sq` per parameter, with a measured curvature also `previous_grad`; in the
     groups `mu` (b1), `damping_ratio` and one number per parameter for the bias correction.
 
     Cost: that of AdamW; measured curvature adds one buffer and two sums.
@@ -284,6 +307,9 @@ class CriticalAdamW(MomentumOptimizer):
         weight_decay: float = 1e-2,
         maximize: bool = False,
         fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -297,6 +323,9 @@ class CriticalAdamW(MomentumOptimizer):
             "decoupled_weight_decay": True,
             "maximize": maximize,
             "fused": fused,
+            "max_grad_norm": max_grad_norm,
+            "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
         }
         super().__init__(params, defaults)
 
@@ -308,7 +337,9 @@ class CriticalAdamW(MomentumOptimizer):
         _check_critical(self, group, ("critical", "critical_exact"))
 
     def _update(self, step: Step) -> None:
-        adam_step(step, _momenta(step))
+        step.clip_gradients()
+        momenta = _momenta(step)
+        adam_step(step, momenta)
 
     def dynamics(self) -> dict[str, Tensor]:
         """`mu` (b1), `damping_ratio`, `effective_lr` of the last step, and `measured_curvature` where measured."""

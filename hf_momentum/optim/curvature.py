@@ -5,7 +5,7 @@ it, together with the norm of the difference, so that one sum over processes ser
 in a step take no part in that step's l.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_momentum.kernels import squared_norms
 from hf_momentum.optim.adam import adam_denominators
-from hf_momentum.optim.base import Bucket, Step
+from hf_momentum.optim.step import Bucket, Step
 
 
 def observe(
@@ -34,8 +34,12 @@ def observe(
     """
     factor = step.clipping() if unclipped else 1.0
     rows = [_squared_changes(bucket, displacement(bucket.group), half, factor) for bucket in step.buckets]
-    for vectors, table in zip(step.vectors, step.totals(rows, width=2), strict=True):
-        vectors.put("squared_difference", table[:, 0])
+    tables = step.totals(rows, width=3)
+    if not isinstance(factor, Tensor):  # else a wrapper has clipped, and these are norms from before
+        step.clip_by(tables, 2)
+    for vectors, table in zip(step.vectors, tables, strict=True):
+        new = vectors.get("steps") == 0
+        vectors.put("squared_difference", torch.where(new, torch.zeros_like(table[:, 0]), table[:, 0]))
         scale = vectors.get("displacement_scale")
         squared = torch.where(scale == 0, torch.zeros_like(scale), table[:, 1] * scale.square())
         vectors.put("squared_displacement", squared)
@@ -43,17 +47,17 @@ def observe(
 
 def _squared_changes(bucket: Bucket, displacement: str, half: bool, factor: Tensor | float) -> Tensor:
     group, adam = bucket.group, displacement == "exp_avg"
-    new = ["previous_grad" not in state for state in bucket.states]
+    kept = bucket.dtype if displacement == "direction" else None
+    previous = torch.bfloat16 if half else bucket.dtype
     return bucket.advance(
         squared_changes_,
-        bucket.buffers("previous_grad", torch.bfloat16 if half else None),
-        bucket.buffers(displacement),
-        bucket.buffers("exp_avg_sq") if adam else None,
-        [max(step, 1.0) for step in bucket.steps()] if adam else None,  # before the first step both moments are 0
-        new,
-        factor,
+        bucket.buffers("previous_grad", previous),
+        bucket.buffers(displacement, kept),
+        bucket.buffers("exp_avg_sq", positive=True) if adam else None,
+        bucket.vectors.root_of_correction(group["beta2"]) if adam else None,
         decayed=False,
-        beta2=group["beta2"] if adam else 0.0,
+        factor=factor,
+        written=False,
         eps=group["eps"] if adam else 0.0,
         preconditioned=group.get("difference") == "preconditioned",
     )
@@ -64,45 +68,36 @@ def squared_changes_(
     previous: list[Tensor],
     displacements: list[Tensor],
     second_moments: list[Tensor] | None,
-    steps: Sequence[float] | None,
-    new: Sequence[bool],
-    factor: Tensor | float,
+    root2: Tensor | list[Tensor] | None,
     *,
-    beta2: float,
     eps: float,
     preconditioned: bool,
 ) -> Tensor:
-    """|g - g_prev|^2 and the last displacement's squared norm of each piece, `[pieces, 2]`; g is kept.
+    """|g - g_prev|^2, the last displacement's squared norm and |g|^2 of each piece, `[pieces, 3]`; g is kept.
 
     Args:
         grads, previous: this step's gradients and the last step's, which are overwritten.
         displacements: the last displacements up to a factor per tensor.
-        second_moments, steps: Adam's v and t, by whose denominators the displacements are still to be divided; or None.
-        new: which pieces are seen for the first time and have no difference.
-        factor: what the gradients are multiplied by first.
-        beta2, eps: Adam's.
+        second_moments, root2: Adam's v and sqrt(1 - beta2^t), by whose denominators the displacements are still to be
+            divided; or None.
+        eps: Adam's.
         preconditioned: divide the differences by the same denominators.
 
     Example:
         >>> old = [torch.tensor([1.0])]
-        >>> squared_changes_([torch.tensor([3.0])], old, [torch.tensor([0.5])], None, None, [False], 1.0, beta2=0.0,
-        ...                  eps=0.0, preconditioned=False), old
-        (tensor([[4.0000, 0.2500]], dtype=torch.float64), [tensor([3.])])
+        >>> squared_changes_([torch.tensor([3.0])], old, [torch.tensor([0.5])], None, None, eps=0.0,
+        ...                  preconditioned=False), old
+        (tensor([[4.0000, 0.2500, 9.0000]], dtype=torch.float64), [tensor([3.])])
     """
-    if isinstance(factor, Tensor):
-        grads = list(torch._foreach_mul(grads, factor.to(grads[0])))
     differences = torch._foreach_sub(grads, [old.to(grad.dtype) for old, grad in zip(previous, grads, strict=True)])
-    if second_moments is not None and steps is not None:
-        denominators = adam_denominators(second_moments, steps, beta2=beta2, eps=eps)
+    if second_moments is not None and root2 is not None:
+        denominators = adam_denominators(second_moments, root2, eps)
         displacements = list(torch._foreach_div(displacements, denominators))
         if preconditioned:
             torch._foreach_div_(differences, denominators)
-    for difference, first in zip(differences, new, strict=True):
-        if first:
-            difference.zero_()  # seen for the first time: no difference, whatever its denominator
     for old, grad in zip(previous, grads, strict=True):
         old.copy_(grad)
-    return torch.stack([squared_norms(differences), squared_norms(displacements)], 1)
+    return torch.stack([squared_norms(differences), squared_norms(displacements), squared_norms(grads)], 1)
 
 
 def curvatures(step: Step, granularity: str, name: str = "curvature") -> list[Tensor]:

@@ -8,14 +8,16 @@ Reading order: the four formulas, the two updates on lists of tensors, the three
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hf_momentum.optim.arguments import check_betas, check_bool, check_choice, check_real
-from hf_momentum.optim.base import GroupVectors, MomentumOptimizer, Step, mean_of
+from hf_momentum.kernels import State
+from hf_momentum.optim.arguments import StateDtype, check_betas, check_bool, check_choice, check_real
+from hf_momentum.optim.base import MomentumOptimizer
+from hf_momentum.optim.step import GroupVectors, Step, keep, mean_of
 
 Granularity = Literal["global", "tensor"]
 
@@ -104,7 +106,8 @@ def adatam_update_(
     first_moments: list[Tensor],
     second_moments: list[Tensor],
     scale: Tensor | list[Tensor],
-    steps: Sequence[float] | None,
+    correction1: Tensor | list[Tensor] | None,
+    root2: Tensor | list[Tensor] | None,
     *,
     lr: float,
     betas: tuple[float, float],
@@ -114,12 +117,12 @@ def adatam_update_(
 ) -> None:
     """One AdaTAM step on tensors of one dtype and device.
 
-    `scale` is torque_eps + d, one for all or one per tensor; `steps` counts each tensor's steps from 1 for bias
-    correction, and is None without it.
+    `scale` is torque_eps + d, one for all or one per tensor; for bias correction `correction1` is 1 - b1^t and `root2`
+    sqrt(1 - b2^t), both None without it.
 
     Example:
         >>> w, g, m, v = [torch.ones(1)], [torch.ones(1)], [torch.zeros(1)], [torch.zeros(1)]
-        >>> adatam_update_(w, g, m, v, torch.tensor(0.5), None, lr=0.1, betas=(0.9, 0.99), eps=0.0, ema=False,
+        >>> adatam_update_(w, g, m, v, torch.tensor(0.5), None, None, lr=0.1, betas=(0.9, 0.99), eps=0.0, ema=False,
         ...                weight_decay=0.0)
         >>> w[0], m[0], v[0]
         (tensor([0.5000]), tensor([0.5000]), tensor([0.0100]))
@@ -135,25 +138,29 @@ def adatam_update_(
     if weight_decay:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
     denominators = torch._foreach_sqrt(second_moments)
-    step_sizes = [-lr] * len(params)
-    if steps is not None:
-        torch._foreach_div_(denominators, [(1 - beta2**t) ** 0.5 for t in steps])
-        step_sizes = [-lr / (1 - beta1**t) for t in steps]
+    if root2 is not None:
+        torch._foreach_div_(denominators, root2)
     torch._foreach_add_(denominators, eps)
-    torch._foreach_addcdiv_(params, first_moments, denominators, step_sizes)
+    if correction1 is not None:
+        torch._foreach_mul_(denominators, correction1)
+    torch._foreach_addcdiv_(params, first_moments, denominators, value=-lr)
 
 
 # ---- what the classes share: S, s and d of one step ---------------------------------------------------------
 
 
-def damped_scales(step: Step, momenta: list[list[Tensor]], eps: str) -> list[Tensor]:
+def damped_scales(step: Step, momenta: list[State], eps: str) -> list[Tensor]:
     """Advance `cosine` (S) and `smoothed_cosine` (s) in the groups; return eps + d for each bucket's group.
 
     With `granularity="global"` one S over everything is shared by all groups; with `"tensor"` each group holds a
-    vector with one entry per tensor. `eps` names the hyperparameter to add.
+    vector with one entry per tensor. `eps` names the hyperparameter to add. Gradients are clipped on the way, if at
+    all: a cosine does not change with their length, unless coupled weight decay is part of them.
     """
+    if any(group["weight_decay"] and not group.get("decoupled_weight_decay", True) for group in step.groups):
+        step.clip_gradients()
     sums = [bucket.alignment_sums(m) for m, bucket in zip(momenta, step.buckets, strict=True)]
     tables = step.totals(sums, width=3)
+    step.clip_by(tables, 2)
     for vectors, table in zip(step.vectors, tables, strict=True):
         vectors.put("tensor_cosine", cosine(table))  # for logs: which tensors agree with their momentum
     if step.groups[0]["granularity"] == "global":
@@ -174,7 +181,8 @@ def _advance_global(groups: list[dict[str, Any]], sums: Tensor) -> list[Tensor]:
     stored = [group["smoothed_cosine"].to(cos.device) for group in groups if "smoothed_cosine" in group]
     s = smoothed(stored[0] if stored else torch.zeros_like(cos), cos, groups[0]["gamma"])
     for group in groups:
-        group["cosine"], group["smoothed_cosine"] = cos, s
+        group["cosine"] = cos
+        keep(group, "smoothed_cosine", s)
     return [s] * len(groups)
 
 
@@ -269,6 +277,13 @@ class TAM(MomentumOptimizer):
         maximize: ascend instead of descend. Default False.
         fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
             the first step; True insists on them; False never uses them.
+        max_grad_norm: clip the norm of all gradients together to this inside the step, which costs less than clipping
+            before it; > 0, the same in all groups. None (default) does not clip. `grad_norm` has the norm.
+        state_dtype: how momenta and second moments of 4096 elements and more are stored: `"float32"` (default),
+            `"bfloat16"` or `"int8"` (eight bits and a scale per 128 elements), rounded stochastically. Computed in
+            float32.
+        stochastic_rounding: round bfloat16 weights up or down at random so that small updates count on average.
+            Default False, to nearest.
 
     State: `momentum_buffer` per parameter (float32 for half-precision weights); `cosine` (S) and `smoothed_cosine`
     (s) in the groups: 0-dim if global, else one entry per parameter.
@@ -312,6 +327,9 @@ class TAM(MomentumOptimizer):
         fixed_damping: float | None = None,
         maximize: bool = False,
         fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -324,6 +342,9 @@ class TAM(MomentumOptimizer):
             "fixed_damping": fixed_damping,
             "maximize": maximize,
             "fused": fused,
+            "max_grad_norm": max_grad_norm,
+            "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
         }
         super().__init__(params, defaults)
 
@@ -333,6 +354,7 @@ class TAM(MomentumOptimizer):
         _check_torque(self, group, group["momentum"])
 
     def _update(self, step: Step) -> None:
+        step.count()
         momenta = [bucket.buffers("momentum_buffer") for bucket in step.buckets]
         scales = damped_scales(step, momenta, "eps")
         for bucket, m, scale in zip(step.buckets, momenta, scales, strict=True):
@@ -376,9 +398,16 @@ class AdaTAM(MomentumOptimizer):
         maximize: ascend instead of descend. Default False.
         fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
             the first step; True insists on them; False never uses them.
+        max_grad_norm: clip the norm of all gradients together to this inside the step, which costs less than clipping
+            before it; > 0, the same in all groups. None (default) does not clip. `grad_norm` has the norm.
+        state_dtype: how momenta and second moments of 4096 elements and more are stored: `"float32"` (default),
+            `"bfloat16"` or `"int8"` (eight bits and a scale per 128 elements), rounded stochastically. Computed in
+            float32.
+        stochastic_rounding: round bfloat16 weights up or down at random so that small updates count on average.
+            Default False, to nearest.
 
-    State: `exp_avg` and `exp_avg_sq` per parameter (float32 for half-precision weights), `step` with bias
-    correction; `cosine` (S) and `smoothed_cosine` (s) in the groups.
+    State: `exp_avg` and `exp_avg_sq` per parameter (float32 for half-precision weights); `steps` per parameter,
+    `cosine` (S) and `smoothed_cosine` (s) in the groups.
 
     Cost: two buffers of the size of the weights, as Adam; one more read of first moment and gradient per step.
 
@@ -414,6 +443,9 @@ class AdaTAM(MomentumOptimizer):
         fixed_damping: float | None = None,
         maximize: bool = False,
         fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -429,6 +461,9 @@ class AdaTAM(MomentumOptimizer):
             "fixed_damping": fixed_damping,
             "maximize": maximize,
             "fused": fused,
+            "max_grad_norm": max_grad_norm,
+            "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
         }
         super().__init__(params, defaults)
 
@@ -469,6 +504,13 @@ class AdaTAMW(MomentumOptimizer):
         maximize: ascend instead of descend. Default False.
         fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
             the first step; True insists on them; False never uses them.
+        max_grad_norm: clip the norm of all gradients together to this inside the step, which costs less than clipping
+            before it; > 0, the same in all groups. None (default) does not clip. `grad_norm` has the norm.
+        state_dtype: how momenta and second moments of 4096 elements and more are stored: `"float32"` (default),
+            `"bfloat16"` or `"int8"` (eight bits and a scale per 128 elements), rounded stochastically. Computed in
+            float32.
+        stochastic_rounding: round bfloat16 weights up or down at random so that small updates count on average.
+            Default False, to nearest.
 
     State, cost and errors: as `AdaTAM`.
 
@@ -500,6 +542,9 @@ class AdaTAMW(MomentumOptimizer):
         fixed_damping: float | None = None,
         maximize: bool = False,
         fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -515,6 +560,9 @@ class AdaTAMW(MomentumOptimizer):
             "fixed_damping": fixed_damping,
             "maximize": maximize,
             "fused": fused,
+            "max_grad_norm": max_grad_norm,
+            "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
         }
         super().__init__(params, defaults)
 
@@ -543,16 +591,19 @@ def check_adatam(optimizer: MomentumOptimizer, group: Mapping[str, Any]) -> None
 
 def adatam_step(step: Step) -> None:
     """One step of AdaTAM or AdaTAMW."""
+    step.count()
     moments = [bucket.buffers("exp_avg") for bucket in step.buckets]
     scales = damped_scales(step, moments, "torque_eps")
     for bucket, m, scale in zip(step.buckets, moments, scales, strict=True):
-        group = bucket.group
+        group, vectors = bucket.group, bucket.vectors
+        beta1, beta2 = group["betas"]
         bucket.apply(
             adatam_update_,
             m,
-            bucket.buffers("exp_avg_sq"),
+            bucket.buffers("exp_avg_sq", positive=True),
             scale,
-            bucket.count_steps() if group["bias_correction"] else None,
+            vectors.correction(beta1) if group["bias_correction"] else None,
+            vectors.root_of_correction(beta2) if group["bias_correction"] else None,
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],

@@ -6,7 +6,7 @@ lr_t / lr, is all there is to the method: with `beta3=0` it is 1, and VRAdam is 
 Reading order: the gate, the updates on lists of tensors, what joins the gate over the scope, the two classes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from hf_momentum.kernels import squared_norms
 from hf_momentum.optim.adam import adam_denominators
-from hf_momentum.optim.arguments import check_betas, check_bool, check_choice, check_real
-from hf_momentum.optim.base import Bucket, MomentumOptimizer, Step, mean_of
+from hf_momentum.optim.arguments import StateDtype, check_betas, check_bool, check_choice, check_real
+from hf_momentum.optim.base import MomentumOptimizer
+from hf_momentum.optim.step import Bucket, Step, mean_of
 
 NormScope = Literal["global", "group", "tensor"]
 NormOf = Literal["momentum", "update"]
@@ -68,20 +69,19 @@ def average_squares_(moments: list[Tensor], grads: list[Tensor], beta: float) ->
 def step_directions(
     first_moments: list[Tensor],
     second_moments: list[Tensor],
-    steps: Sequence[float],
+    correction1: Tensor | list[Tensor],
+    root2: Tensor | list[Tensor],
     *,
-    betas: tuple[float, float],
     eps: float,
 ) -> list[Tensor]:
-    """u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps), as new tensors; `steps` are each tensor's t from 1.
+    """u = (m / c1) / (sqrt(v) / r2 + eps), as new tensors; `correction1` is 1 - b1^t and `root2` sqrt(1 - b2^t).
 
     Example:
-        >>> step_directions([torch.tensor([0.5])], [torch.tensor([0.25])], [1.0], betas=(0.5, 0.75), eps=0.0)
+        >>> step_directions([torch.tensor([0.5])], [torch.tensor([0.25])], *torch.tensor([0.5, 0.5]), eps=0.0)
         [tensor([1.])]
     """
-    beta1, beta2 = betas
-    directions = list(torch._foreach_div(first_moments, adam_denominators(second_moments, steps, beta2=beta2, eps=eps)))
-    torch._foreach_div_(directions, [1 - beta1**t for t in steps])
+    directions = list(torch._foreach_div(first_moments, adam_denominators(second_moments, root2, eps)))
+    torch._foreach_div_(directions, correction1)
     return directions
 
 
@@ -102,64 +102,105 @@ def vr_update_(
     torch._foreach_sub_(params, torch._foreach_mul(directions, rate))
 
 
-def advance_moments_(
+def vradam_step_(
+    params: list[Tensor],
     grads: list[Tensor],
     first_moments: list[Tensor],
     second_moments: list[Tensor],
-    steps: Sequence[float],
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    of_update: bool,
-) -> Tensor:
-    """Advance both moments; `[pieces, 2]`: |m|^2, and what the gate takes, which is |u|^2 if `of_update`.
-
-    Example:
-        >>> m, v = [torch.zeros(1)], [torch.zeros(1)]
-        >>> advance_moments_([torch.tensor([4.0])], m, v, [1.0], betas=(0.5, 0.75), eps=0.0, of_update=True)
-        tensor([[4., 1.]], dtype=torch.float64)
-    """
-    average_(first_moments, grads, betas[0])
-    average_squares_(second_moments, grads, betas[1])
-    norms = gated = squared_norms(first_moments)
-    if of_update:
-        gated = squared_norms(step_directions(first_moments, second_moments, steps, betas=betas, eps=eps))
-    return torch.stack([norms, gated], 1)
-
-
-def advance_momentum_(grads: list[Tensor], momenta: list[Tensor], *, momentum: float) -> Tensor:
-    """Advance the momentum; `[pieces, 2]`: |m|^2, twice.
-
-    Example:
-        >>> advance_momentum_([torch.tensor([4.0])], [torch.zeros(1)], momentum=0.5)
-        tensor([[4., 4.]], dtype=torch.float64)
-    """
-    average_(momenta, grads, momentum)
-    squares = squared_norms(momenta)
-    return torch.stack([squares, squares], 1)
-
-
-def vradam_update_(
-    params: list[Tensor],
-    first_moments: list[Tensor],
-    second_moments: list[Tensor],
-    steps: Sequence[float],
+    correction1: Tensor | list[Tensor],
+    root2: Tensor | list[Tensor],
     rate: Tensor | list[Tensor],
     shrink: Tensor | list[Tensor] | None,
     *,
     betas: tuple[float, float],
     eps: float,
 ) -> None:
+    """Advance both moments, and step by a rate that was known before.
+
+    Example:
+        >>> w, m, v = [torch.ones(1)], [torch.zeros(1)], [torch.zeros(1)]
+        >>> vradam_step_(w, [torch.ones(1)], m, v, *torch.tensor([0.5, 0.5]), torch.tensor(0.25), None,
+        ...              betas=(0.5, 0.75), eps=0.0)
+        >>> w
+        [tensor([0.7500])]
+    """
+    average_(first_moments, grads, betas[0])
+    average_squares_(second_moments, grads, betas[1])
+    vr_update_(params, step_directions(first_moments, second_moments, correction1, root2, eps=eps), rate, shrink)
+
+
+def squared_norm_of_average(sums: Tensor, beta: float, factor: Tensor | float) -> Tensor:
+    """|beta m + (1 - beta) f g|^2 from `<m, g>, <m, m>, <g, g>`, so that m need not be formed to know its norm.
+
+    Args:
+        sums: `[..., 3]` float64.
+        beta: of the average.
+        factor: f, what clipping multiplies g by.
+
+    Example:
+        >>> squared_norm_of_average(torch.tensor([2.0, 1.0, 4.0]), 0.5, 1.0)
+        tensor(2.2500)
+    """
+    mg, mm, gg = sums.unbind(-1)
+    rest = (1 - beta) * factor
+    return beta**2 * mm + 2 * beta * rest * mg + rest**2 * gg
+
+
+def advance_moments_(
+    grads: list[Tensor],
+    first_moments: list[Tensor],
+    second_moments: list[Tensor],
+    correction1: Tensor | list[Tensor],
+    root2: Tensor | list[Tensor],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+) -> Tensor:
+    """Advance both moments; `[pieces, 2]`: |m|^2, and |u|^2 of the step that they lead to.
+
+    Example:
+        >>> m, v = [torch.zeros(1)], [torch.zeros(1)]
+        >>> advance_moments_([torch.tensor([4.0])], m, v, *torch.tensor([0.5, 0.5]), betas=(0.5, 0.75), eps=0.0)
+        tensor([[4., 1.]], dtype=torch.float64)
+    """
+    average_(first_moments, grads, betas[0])
+    average_squares_(second_moments, grads, betas[1])
+    directions = step_directions(first_moments, second_moments, correction1, root2, eps=eps)
+    return torch.stack([squared_norms(first_moments), squared_norms(directions)], 1)
+
+
+def advance_momentum_(grads: list[Tensor], momenta: list[Tensor], *, momentum: float) -> Tensor:
+    """Advance the momentum; `[pieces, 1]`: |m|^2.
+
+    Example:
+        >>> advance_momentum_([torch.tensor([4.0])], [torch.zeros(1)], momentum=0.5)
+        tensor([[4.]], dtype=torch.float64)
+    """
+    average_(momenta, grads, momentum)
+    return squared_norms(momenta)[:, None]
+
+
+def vradam_update_(
+    params: list[Tensor],
+    first_moments: list[Tensor],
+    second_moments: list[Tensor],
+    correction1: Tensor | list[Tensor],
+    root2: Tensor | list[Tensor],
+    rate: Tensor | list[Tensor],
+    shrink: Tensor | list[Tensor] | None,
+    *,
+    eps: float,
+) -> None:
     """`vr_update_` along the directions of `step_directions`.
 
     Example:
         >>> w = [torch.ones(1)]
-        >>> vradam_update_(w, [torch.tensor([2.0])], [torch.tensor([4.0])], [1.0], torch.tensor(0.25), None,
-        ...                betas=(0.5, 0.75), eps=0.0)
+        >>> vradam_update_(w, [torch.tensor([2.0])], [torch.tensor([4.0])], *torch.tensor([0.5, 0.5]),
+        ...                torch.tensor(0.25), None, eps=0.0)
         >>> w
         [tensor([0.7500])]
     """
-    vr_update_(params, step_directions(first_moments, second_moments, steps, betas=betas, eps=eps), rate, shrink)
+    vr_update_(params, step_directions(first_moments, second_moments, correction1, root2, eps=eps), rate, shrink)
 
 
 # ---- what the classes share: one gate over everything, one per group, or one per tensor ----------------------
@@ -174,17 +215,17 @@ def pooled(tables: list[Tensor], scope: NormScope) -> list[Tensor]:
     return [torch.cat(tables).sum()] * len(tables)
 
 
-def advance_gates(step: Step, rows: list[Tensor]) -> list[Tensor]:
+def advance_gates(step: Step, momenta: list[Tensor], gated: list[Tensor]) -> list[Tensor]:
     """lr_t / lr for each group, 0-dim or one per tensor; kept with |m| as `lr_ratio` and `momentum_norm`.
 
     Args:
         step: the step.
-        rows: for each bucket `[pieces, 2]`: the squared norms of the first moments, and those that the gate takes.
+        momenta: for each group the squared norms of its tensors' first moments.
+        gated: the squared norms that the gate takes: these, or those of the updates.
     """
     scope = step.groups[0]["norm_scope"]
-    tables = step.totals(rows, width=2)
-    norms = [square.sqrt() for square in pooled([table[:, 0] for table in tables], scope)]
-    squares = pooled([table[:, 1] for table in tables], scope)
+    norms = [square.sqrt() for square in pooled(momenta, scope)]
+    squares = pooled(gated, scope)
     ratios = [gate(x, group["beta3"], group["alpha1"]) for group, x in zip(step.groups, squares, strict=True)]
     for vectors, ratio, norm in zip(step.vectors, ratios, norms, strict=True):
         if scope == "tensor":  # a parameter that never had a gradient has m = 0, so its gate is 1
@@ -193,6 +234,11 @@ def advance_gates(step: Step, rows: list[Tensor]) -> list[Tensor]:
         elif scope == "global" or vectors.active:  # the one gate is also that of groups without a gradient
             vectors.group["lr_ratio"], vectors.group["momentum_norm"] = ratio, norm
     return ratios
+
+
+def _corrections(bucket: Bucket) -> tuple[Tensor, Tensor]:
+    beta1, beta2 = bucket.group["betas"]
+    return bucket.vectors.correction(beta1), bucket.vectors.root_of_correction(beta2)
 
 
 def gated_rate(group: Mapping[str, Any], ratio: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -276,10 +322,17 @@ class VRAdam(MomentumOptimizer):
         maximize: ascend instead of descend. Default False.
         fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
             the first step; True insists on them; False never uses them.
+        max_grad_norm: clip the norm of all gradients together to this inside the step, which costs less than clipping
+            before it; > 0, the same in all groups. None (default) does not clip. `grad_norm` has the norm.
+        state_dtype: how momenta and second moments of 4096 elements and more are stored: `"float32"` (default),
+            `"bfloat16"` or `"int8"` (eight bits and a scale per 128 elements), rounded stochastically. Computed in
+            float32.
+        stochastic_rounding: round bfloat16 weights up or down at random so that small updates count on average.
+            Default False, to nearest.
 
-    State: `exp_avg` and `exp_avg_sq` per parameter (float32 for half-precision weights) and `step`; in the groups
-    `lr_ratio` (lr_t / lr) and `momentum_norm` (|m|, whatever `norm_of`) of the last step: 0-dim, or one entry per
-    parameter for `norm_scope="tensor"`.
+    State: `exp_avg` and `exp_avg_sq` per parameter (float32 for half-precision weights); in the groups `steps` per
+    parameter, and `lr_ratio` (lr_t / lr) and `momentum_norm` (|m|, whatever `norm_of`) of the last step: 0-dim, or one
+    entry per parameter for `norm_scope="tensor"`.
 
     Cost: two buffers of the size of the weights, as Adam; one more read of the first moment per step. With
     `norm_of="update"`, u is formed twice.
@@ -320,6 +373,9 @@ class VRAdam(MomentumOptimizer):
         norm_of: NormOf = "momentum",
         maximize: bool = False,
         fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -332,6 +388,9 @@ class VRAdam(MomentumOptimizer):
             "norm_of": norm_of,
             "maximize": maximize,
             "fused": fused,
+            "max_grad_norm": max_grad_norm,
+            "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
         }
         super().__init__(params, defaults)
 
@@ -342,22 +401,45 @@ class VRAdam(MomentumOptimizer):
         check_gate(self, group, shared=("beta3", "alpha1", "norm_of"))
 
     def _update(self, step: Step) -> None:
-        rows = []
-        for bucket in step.buckets:
-            m, v, steps = bucket.buffers("exp_avg"), bucket.buffers("exp_avg_sq"), bucket.count_steps()
-            of_update = bucket.group["norm_of"] == "update"
-            rows.append(bucket.advance(advance_moments_, m, v, steps, of_update=of_update, **self._adam(bucket)))
-        ratios = advance_gates(step, rows)
-        for bucket in step.buckets:
-            # u is formed anew for one bucket at a time: that of the whole model would be a third buffer.
-            m, v = bucket.buffers("exp_avg"), bucket.buffers("exp_avg_sq")
+        step.count()
+        if any(group["norm_of"] == "update" for group in step.groups):
+            self._update_by_norm_of_update(step)
+            return
+        # |m| follows from sums that are formed before m is, which moves fewer bytes than to read m again.
+        unclipped = step.clip.factor
+        moments = [bucket.buffers("exp_avg") for bucket in step.buckets]
+        rows = [bucket.alignment_sums(m) for m, bucket in zip(moments, step.buckets, strict=True)]
+        tables = step.totals(rows, width=3)
+        step.clip_by(tables, 2)
+        factor = step.clip.factor / unclipped  # what the sums have not seen
+        squares = [
+            squared_norm_of_average(table, group["betas"][0], factor)
+            for table, group in zip(tables, step.groups, strict=True)
+        ]
+        ratios = advance_gates(step, squares, squares)
+        for bucket, m in zip(step.buckets, moments, strict=True):
             rate, shrink = gated_rate(bucket.group, ratios[bucket.index])
-            arguments = (m, v, bucket.steps(), rate, shrink)
-            bucket.apply(vradam_update_, *arguments, gradients=False, **self._adam(bucket))
+            v, betas, eps = bucket.buffers("exp_avg_sq", positive=True), bucket.group["betas"], bucket.group["eps"]
+            bucket.apply(vradam_step_, m, v, *_corrections(bucket), rate, shrink, betas=betas, eps=eps)
 
     @staticmethod
-    def _adam(bucket: Bucket) -> dict[str, Any]:
-        return {"betas": bucket.group["betas"], "eps": bucket.group["eps"]}
+    def _update_by_norm_of_update(step: Step) -> None:
+        step.clip_gradients()
+        rows = []
+        for bucket in step.buckets:
+            state = bucket.buffers("exp_avg"), bucket.buffers("exp_avg_sq", positive=True)
+            betas, eps = bucket.group["betas"], bucket.group["eps"]
+            rows.append(bucket.advance(advance_moments_, *state, *_corrections(bucket), betas=betas, eps=eps))
+        tables = step.totals(rows, width=2)
+        taken = [int(group["norm_of"] == "update") for group in step.groups]
+        gated = [table[:, column] for table, column in zip(tables, taken, strict=True)]
+        ratios = advance_gates(step, [table[:, 0] for table in tables], gated)
+        for bucket in step.buckets:
+            # u is formed anew for one bucket at a time: that of the whole model would be a third buffer.
+            state = bucket.buffers("exp_avg"), bucket.buffers("exp_avg_sq", positive=True)
+            rate, shrink = gated_rate(bucket.group, ratios[bucket.index])
+            arguments = (*state, *_corrections(bucket), rate, shrink)
+            bucket.apply(vradam_update_, *arguments, gradients=False, eps=bucket.group["eps"])
 
     def dynamics(self) -> dict[str, Tensor]:
         """`lr_ratio` (lr_t / lr), `momentum_norm` (|m|) and `effective_lr` (lr_t) after the last step."""
@@ -385,6 +467,13 @@ class VRMomentum(MomentumOptimizer):
         maximize: ascend instead of descend. Default False.
         fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at
             the first step; True insists on them; False never uses them.
+        max_grad_norm: clip the norm of all gradients together to this inside the step, which costs less than clipping
+            before it; > 0, the same in all groups. None (default) does not clip. `grad_norm` has the norm.
+        state_dtype: how momenta and second moments of 4096 elements and more are stored: `"float32"` (default),
+            `"bfloat16"` or `"int8"` (eight bits and a scale per 128 elements), rounded stochastically. Computed in
+            float32.
+        stochastic_rounding: round bfloat16 weights up or down at random so that small updates count on average.
+            Default False, to nearest.
 
     State: `momentum_buffer` per parameter (float32 for half-precision weights); `lr_ratio` and `momentum_norm` in the
     groups, as `VRAdam`.
@@ -417,6 +506,9 @@ class VRMomentum(MomentumOptimizer):
         norm_scope: NormScope = "global",
         maximize: bool = False,
         fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -427,6 +519,9 @@ class VRMomentum(MomentumOptimizer):
             "norm_scope": norm_scope,
             "maximize": maximize,
             "fused": fused,
+            "max_grad_norm": max_grad_norm,
+            "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
         }
         super().__init__(params, defaults)
 
@@ -435,11 +530,14 @@ class VRMomentum(MomentumOptimizer):
         check_gate(self, group, shared=("beta3", "alpha1"))
 
     def _update(self, step: Step) -> None:
+        step.clip_gradients()
+        step.count()
         rows = []
         for bucket in step.buckets:
             m = bucket.buffers("momentum_buffer")
             rows.append(bucket.advance(advance_momentum_, m, momentum=bucket.group["momentum"]))
-        ratios = advance_gates(step, rows)
+        squares = [table[:, 0] for table in step.totals(rows, width=1)]
+        ratios = advance_gates(step, squares, squares)
         for bucket in step.buckets:
             rate, shrink = gated_rate(bucket.group, ratios[bucket.index])
             bucket.apply(vr_update_, bucket.buffers("momentum_buffer"), rate, shrink, gradients=False)

@@ -45,15 +45,16 @@ _PREPARE = ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"]
 
 
 class MomentumTrainer(Trainer):
-    """transformers' Trainer with nine additions.
+    """transformers' Trainer with ten additions.
 
     Registered optimizer names work without touching transformers' private tables; the optimizer's inner quantities
     are logged with the loss; a non-finite loss stops the run at once, before the weights move, and weights that are
     not finite are never saved; evaluating before training leaves the processes synchronised; AHB's optimizers take
-    their gradient differences before gradients are clipped; a function can look at the prepared model before its first
-    step, also where it is sharded; `save_model` writes whole weights from shards; a launch whose sharding Accelerate
-    left out is refused; and a checkpoint is declared complete in its last moment, so that resuming passes over one that
-    a dying process left half written.
+    their gradient differences before gradients are clipped; this package's optimizers clip inside their step where
+    nothing else has to (`clips_inside`), which makes one pass less; a function can look at the prepared
+    model before its first step, also where it is sharded; `save_model` writes whole weights from shards; a launch whose
+    sharding Accelerate left out is refused; and a checkpoint is declared complete in its last moment, so that resuming
+    passes over one that a dying process left half written.
 
     Args: those of `transformers.Trainer`.
 
@@ -224,6 +225,37 @@ class MomentumTrainer(Trainer):
             self._load_scaler(resume_from_checkpoint)
         return prepared
 
+    @property
+    def clips_inside(self) -> bool:
+        """Whether the optimizer clips, and not the trainer before it.
+
+        So it is for this package's optimizers wherever the trainer would clip (`max_grad_norm` > 0), but for DeepSpeed,
+        which clips by itself, a GradScaler, whose gradients are still scaled, and weights with a gradient that the
+        optimizer does not have, whose norm it cannot know.
+        """
+        base = base_optimizer(self.optimizer)
+        if not isinstance(base, MomentumOptimizer) or self.is_deepspeed_enabled or self.accelerator.scaler is not None:
+            return False
+        held = {id(param) for group in base.param_groups for param in group["params"]}
+        return all(id(param) in held for param in self.model.parameters() if param.requires_grad)
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        """The norm before clipping; where the optimizer clips, a tensor that its step fills in."""
+        base = base_optimizer(self.optimizer)
+        if not self.clips_inside:
+            return super()._clip_grad_norm(model)
+        for group in base.param_groups:
+            if group["max_grad_norm"] is None:  # one given in optim_args stands
+                group["max_grad_norm"] = self.args.max_grad_norm
+        norm = torch.zeros((), device=self.args.device)
+
+        def fill(*_: Any) -> None:
+            norm.copy_(base.grad_norm)
+            handle.remove()
+
+        handle = base.register_step_post_hook(fill)
+        return norm
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one micro-batch.
 
@@ -240,7 +272,9 @@ class MomentumTrainer(Trainer):
         self._require_finite(loss)
         base = base_optimizer(self.optimizer)
         # Under DeepSpeed the step has been taken already; the optimizer then undoes DeepSpeed's clipping by itself.
-        observes = isinstance(base, ObservesGradients) and not self.is_deepspeed_enabled
+        # Where the optimizer clips it sees the gradients first.
+        clipped_first = self.args.max_grad_norm > 0 and not self.clips_inside
+        observes = isinstance(base, ObservesGradients) and not self.is_deepspeed_enabled and clipped_first
         if observes and self.accelerator.sync_gradients and self.accelerator.scaler is None:
             base.observe_gradients()  # the gradients are whole and not clipped yet; under a scaler they are scaled
         return loss
