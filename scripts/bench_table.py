@@ -21,8 +21,8 @@ SOURCES = "docs/performance*.json"
 
 # Bytes that must pass between memory and processor per parameter, in float32: four for each number read or written.
 # AdamW reads w, g, m, v and writes w, m, v. SGD has no v. TAM reads m and g once more for their cosine; AdaTAMW too.
-# VRAdam reads them for the norm of the new m. AHB-SGD reads g, the previous g and w's displacement for the curvature and
-# keeps g, then makes a step of SGD.
+# VRAdam reads them for the norm of the new m. AHB-SGD reads g, the previous g and w's displacement for the curvature,
+# keeps g, and then makes a step of SGD.
 BYTES = {
     "adamw": 28,
     "sgd": 20,
