@@ -20,7 +20,6 @@ import torch
 from bench_optimizers import cpu_name, measure, paired_ratios, quartiles, state_bytes
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, default_data_collator
 
-from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.integrations.what_runs import base_optimizer
 from hf_momentum.training import MomentumTrainer, MomentumTrainingArguments
 
@@ -78,17 +77,13 @@ def trainer_for(
     name: str, model: GPT2LMHeadModel, data: RandomTokens, folder: str, args: argparse.Namespace
 ) -> tuple[MomentumTrainer, BlockClock]:
     """A Trainer that runs one block at each call of `train`, and the clock in it."""
-    ours = name in OPTIMIZERS
-    inside = ours and args.clip_inside
     training = MomentumTrainingArguments(
         output_dir=folder,
         optim=name,
-        optim_args=f"max_grad_norm={args.max_grad_norm}" if inside else None,
         learning_rate=1e-5,  # the same for all, and so small that nothing diverges
         max_steps=args.warmup + args.steps,
         per_device_train_batch_size=args.batch,
-        # Clipping inside the step takes the place of the Trainer's own.
-        max_grad_norm=0.0 if inside else args.max_grad_norm,
+        max_grad_norm=args.max_grad_norm,  # inside the step for our names, as MomentumTrainer has it
         lr_scheduler_type="constant",
         bf16=args.dtype == "bfloat16",
         use_cpu=args.device == "cpu",
@@ -173,7 +168,6 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         "batch": args.batch,
         "length": args.length,
         "max_grad_norm": args.max_grad_norm,
-        "clip_inside": args.clip_inside,
         "steps": args.steps,
         "rounds": args.rounds,
     }
