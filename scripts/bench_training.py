@@ -186,9 +186,6 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--length", type=int, default=128)
     found.add_argument("--batch", type=int, default=4)
     found.add_argument("--max-grad-norm", type=float, default=1.0)
-    found.add_argument(
-        "--clip-inside", action="store_true", help="ours clip inside their step, and the Trainer leaves it to them"
-    )
     found.add_argument("--steps", type=int, default=10, help="counted steps of a block")
     found.add_argument("--warmup", type=int, default=2, help="steps of a block that are not counted")
     found.add_argument("--rounds", type=int, default=7)
