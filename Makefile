@@ -35,7 +35,7 @@ test-all: $(VENV)/dev.stamp ## the test suite with the slow tests
 	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The results go into README.md and docs/scale.md.
-matrix: $(VENV)/dev.stamp ## every optimizer under every layout against one process (about ten minutes)
+matrix: $(VENV)/dev.stamp ## every optimizer under every layout against one process (about a quarter of an hour)
 	rm -f docs/support.json
 	$(OFFLINE) $(BIN)/python -m pytest tests/test_matrix.py tests/test_sharding.py -k "not tables_of_support" \
 		--write-support docs/support.json

@@ -238,7 +238,7 @@ def _marginal(points: Sequence[Mapping[str, Any]], name: str) -> str:
 
 
 def training(results: Results) -> str:
-    """Tokens per second of whole Trainer steps."""
+    """Whole Trainer steps: ratios of tokens per second, and on a GPU the rate itself."""
     rows = []
     for device in ("cpu", "cuda"):
         found = results.get(f"training_{device}")
@@ -246,7 +246,7 @@ def training(results: Results) -> str:
             continue
         for name, line in found["rows"].items():
             cells = [f"{device.upper()}, {found['facts']['parameters'] / 1e6:.0f}M", f"`{name}`"]
-            cells.append(f"{line['tokens_per_second'][1]:,.0f}")
+            cells.append("" if device == "cpu" else f"{line['tokens_per_second'][1]:,.0f}")
             cells.append(ratio_text(line) if "ratio" in line else "")
             peak = line.get("peak_bytes")
             rows.append([*cells, "" if peak is None else f"{peak / 2**30:.2f} GiB"])
