@@ -119,11 +119,11 @@ def whole_weights(trainer: MomentumTrainer) -> dict[str, torch.Tensor]:
 def wrong_scale(factor: float) -> Iterator[None]:
     """Read momenta that are stored in fewer bits as `factor` times what they are; only where no kernel runs."""
     read = Reduced.decoded
-    Reduced.decoded = lambda state: [(1 if state.positive else factor) * value for value in read(state)]  # type: ignore
+    Reduced.decoded = lambda state: [(1 if state.positive else factor) * value for value in read(state)]
     try:
         yield
     finally:
-        Reduced.decoded = read  # type: ignore
+        Reduced.decoded = read
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -158,7 +158,8 @@ class _Call:
             self.work.weights = self._pointers(weights)
         if work.seeds is not None:
             self._numbers(weight_seeds=work.seeds)
-        self._state("first", work.first)
+        if isinstance(work.first, Reduced) or work.first:
+            self._state("first", work.first)
         if work.squares is not None:
             self._state("squares", work.squares)
         if work.previous is not None:

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hf_momentum.kernels.rounding import Packed, packed_zeros, random_bits, to_bfloat16
+from hf_momentum.kernels.rounding import Packed, random_bits, to_bfloat16
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,6 @@ class Reduced:
                 part.encode_(value, bits >> 12 if self.positive else bits)
             else:
                 part.copy_(to_bfloat16(value, bits >> 16 if self.positive else bits))
-
-    def zeros_like(self) -> "Reduced":
-        """Zeros of the same kind."""
-        parts: list[Tensor | Packed] = []
-        for part in self.parts:
-            if isinstance(part, Packed):
-                parts.append(packed_zeros(len(part.codes), part.positive, part.codes.device))
-            else:
-                parts.append(torch.zeros_like(part))
-        return Reduced(parts, self.shapes, self.seeds, self.positive)
 
 
 State: TypeAlias = Sequence[Tensor] | Reduced

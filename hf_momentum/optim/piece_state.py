@@ -16,6 +16,12 @@ class PieceState:
     Attributes:
         like: the holder, whose shape `expanded()` has.
         pieces: by position, each piece and its part: `Packed`, bfloat16, or float32 where the piece is small.
+
+    Example:
+        >>> state, piece = PieceState(torch.zeros(4096)), Piece(0, 0, start=None, numel=4096)
+        >>> state.add(piece, "int8", positive=False, value=torch.full((4096,), 0.5))
+        >>> state.fits(piece, "int8"), state.expanded().unique()
+        (True, tensor([0.5000]))
     """
 
     like: Tensor

@@ -272,9 +272,9 @@ class MomentumTrainer(Trainer):
         self._require_finite(loss)
         base = base_optimizer(self.optimizer)
         # Under DeepSpeed the step has been taken already; the optimizer then undoes DeepSpeed's clipping by itself.
-        # Where the optimizer clips it sees the gradients first.
-        clipped_first = self.args.max_grad_norm > 0 and not self.clips_inside
-        observes = isinstance(base, ObservesGradients) and not self.is_deepspeed_enabled and clipped_first
+        observes = isinstance(base, ObservesGradients) and not self.is_deepspeed_enabled
+        # Where the optimizer clips, it sees the gradients first.
+        observes = observes and self.args.max_grad_norm > 0 and not self.clips_inside
         if observes and self.accelerator.sync_gradients and self.accelerator.scaler is None:
             base.observe_gradients()  # the gradients are whole and not clipped yet; under a scaler they are scaled
         return loss
