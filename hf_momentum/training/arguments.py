@@ -72,6 +72,9 @@ class DataArguments:
     must_not_forget: list[str] = field(
         default_factory=list, metadata={"help": "Splits of what the model knew before: NAME=SOURCE@SPLIT."}
     )
+    auxiliary: list[str] = field(
+        default_factory=list, metadata={"help": "Splits like the auxiliary data: NAME=SOURCE@SPLIT."}
+    )
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     label_column: str = field(default="label", metadata={"help": "Column that holds the class."})
     block_size: int = field(default=256, metadata={"help": "Tokens per example; longer texts are cut or wrapped."})
@@ -97,6 +100,73 @@ class PeftArguments:
     )
     lora_modules_to_save: list[str] = field(
         default_factory=list, metadata={"help": "Modules to train in full and save beside the adapters."}
+    )
+
+
+@dataclass
+class BloopArguments:
+    """A main and an auxiliary objective: which auxiliary data or loss, and how the two gradients become one.
+
+    Without `aux_dataset` and `aux_loss` a recipe has one objective, and nothing here has an effect.
+
+    Example:
+        >>> BloopArguments(lam=[0.3], rho="auto").surgery
+        'bloop'
+    """
+
+    surgery: Literal["bloop", "mixed", "replay", "dynamic_barrier", "pcgrad", "simple"] = field(
+        default="bloop",
+        metadata={
+            "help": "bloop: the auxiliary gradient without its part along an average of main gradients. Baselines: "
+            "mixed (the weighted sum), replay (auxiliary examples among the main ones), dynamic_barrier, pcgrad, "
+            "simple (bloop without the average)."
+        },
+    )
+    lam: list[float] = field(
+        default_factory=lambda: [0.1],
+        metadata={"help": "Weight of the auxiliary gradient, >= 0; one for all auxiliaries or one for each. 0: none."},
+    )
+    rho: str = field(
+        default="0.01",
+        metadata={"help": "Rate of the average of main gradients, in (0, 1]; auto sets it from the measured noise."},
+    )
+    ema_order: Literal["paper", "ema_first"] = field(
+        default="paper",
+        metadata={"help": "Project on the average from before this batch (paper), or update it first (ema_first)."},
+    )
+    ema_init: Literal["zeros", "first_gradient"] = field(
+        default="zeros", metadata={"help": "What the average starts as; zeros makes the first step a plain mixture."}
+    )
+    ema_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "Dtype of the average; bfloat16 is rounded stochastically."}
+    )
+    surgery_metric: Literal["euclidean", "adam"] = field(
+        default="euclidean",
+        metadata={"help": "Inner product of the projection; adam weighs by 1 / (sqrt(v) + eps), for Adam's step."},
+    )
+    skip_nonfinite: bool = field(
+        default=False,
+        metadata={
+            "help": "Skip a step whose gradient is not finite, instead of stopping the run; holds one gradient more."
+        },
+    )
+    aux_dataset: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Auxiliary training data, the most important first: NAME=SOURCE@SPLIT."},
+    )
+    aux_loss: Literal["l2", "distance"] | None = field(
+        default=None,
+        metadata={"help": "An auxiliary loss of the trained weights alone: l2 |w|^2/2, distance |w - w_start|^2/2."},
+    )
+    aux_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Auxiliary examples per device and micro-batch; as many as main ones unless given."},
+    )
+    aux_sampling: Literal["shuffled", "sequential"] = field(
+        default="shuffled", metadata={"help": "Order of the auxiliary examples, anew in every pass over them."}
+    )
+    max_aux_examples: int | None = field(
+        default=None, metadata={"help": "Use only so many of each auxiliary dataset, drawn by data_seed."}
     )
 
 
