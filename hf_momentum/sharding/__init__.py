@@ -3,6 +3,7 @@
 A single process, where every tensor is whole, is the simplest case.
 """
 
+from hf_momentum.sharding.gradients import GradientPiece, ReducedGradients, WholeGradients, total
 from hf_momentum.sharding.layout import (
     SUPPORTED,
     Holder,
@@ -16,13 +17,17 @@ from hf_momentum.sharding.zero import ZeroPartitions, clipping_factor, is_marked
 
 __all__ = [
     "SUPPORTED",
+    "GradientPiece",
     "Holder",
     "Layout",
     "Piece",
+    "ReducedGradients",
     "UnsupportedLayoutError",
+    "WholeGradients",
     "ZeroPartitions",
     "clipping_factor",
     "is_marked",
     "lay_out",
     "require_like",
+    "total",
 ]

@@ -7,7 +7,7 @@ few numbers makes inner products whole.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -59,15 +59,8 @@ class ReducedGradients(Protocol):
     def keep(self) -> None:
         """Let the next backward pass add to what is in the buffers now."""
 
-    def take(self) -> Any:
-        """Take the gradient away, so that the next backward pass begins from nothing.
-
-        Returns:
-            The gradient, for `give_back`.
-        """
-
-    def give_back(self, taken: Any) -> None:
-        """Add a gradient that was taken away to what is in the buffers."""
+    def take(self) -> list[GradientPiece]:
+        """Take the gradient away: its pieces, in tensors of their own; the next backward pass begins from nothing."""
 
     def settle(self) -> None:
         """Tell the wrapper that the gradients are as they shall be at the step."""
@@ -141,22 +134,11 @@ class WholeGradients:
     def keep(self) -> None:
         """Nothing to do: autograd adds to `.grad`."""
 
-    def take(self) -> list[Tensor | None]:
+    def take(self) -> list[GradientPiece]:
         """The gradients, which are gone from the tensors then."""
-        taken = [param.grad for _, _, param in self._params()]
-        for _, _, param in self._params():
-            param.grad = None
+        taken = self.pieces(lambda holder: False)
+        self.drop()
         return taken
-
-    def give_back(self, taken: Sequence[Tensor | None]) -> None:
-        """Add gradients that were taken away."""
-        for (_, _, param), grad in zip(self._params(), taken, strict=True):
-            if grad is None:
-                continue
-            if param.grad is None:
-                param.grad = grad
-            else:
-                param.grad += grad
 
     def settle(self) -> None:
         """Nothing to do: the optimizer reads `.grad`."""
