@@ -1,8 +1,8 @@
 """The reduced gradient between backward and step: where it lies, and how two of them become one.
 
-Gradient surgery needs gradients of two losses, each already averaged over all processes, and inner products of them over
-the whole model. Nothing is gathered: every process works on the pieces that it will step with, and one all-reduce of a
-few numbers makes inner products whole.
+Gradient surgery needs gradients of two losses, each already averaged over all processes, and inner products of them
+over the whole model. Nothing is gathered: every process works on the pieces that it will step with, and one all-reduce
+of a few numbers makes inner products whole.
 """
 
 from collections.abc import Callable, Sequence

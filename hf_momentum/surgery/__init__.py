@@ -1,4 +1,4 @@
-"""Gradient surgery: a main objective and auxiliary ones, on reduced gradients, whatever the layout and the optimizer."""
+"""Gradient surgery: a main objective and auxiliary ones, on reduced gradients, in any layout, for any optimizer."""
 
 from typing import Any, Protocol
 

@@ -78,9 +78,7 @@ class Combination:
             self._measure(gram)
         return finite
 
-    def _gram(
-        self, gradients: ReducedGradients, pieces: list[GradientPiece], parts: list[list[Tensor]]
-    ) -> Tensor:
+    def _gram(self, gradients: ReducedGradients, pieces: list[GradientPiece], parts: list[list[Tensor]]) -> Tensor:
         pairs = [(i, j) for i in range(len(parts)) for j in range(i + 1)]
         columns = [self._passes.sums(parts[i], parts[j])[:, :1] for i, j in pairs]
         sums = iter(total(gradients.layout, pieces, torch.cat(columns, 1)).unbind())

@@ -11,14 +11,15 @@ auxiliaries g_1, g_2, ... in order of priority have averages of their own, but f
 
 with pi the orthogonal rest, g_0 the main gradient. `reference.py` has the same in a few lines of numpy.
 
-One extra buffer per average is all that this needs. Objectives are run from the last auxiliary to the main one into the
-same gradient buffer b. With P what the lower ones have left there, e_j is lent P before the backward pass of objective j
-and absorbs the whole buffer after it, so that P cancels:
+One extra buffer per average is all that this needs. Objectives are run from the last auxiliary to the main one into
+the same gradient buffer b. With P what the lower ones have left there, e_j is lent P before the backward pass of
+objective j and absorbs the whole buffer after it, so that P cancels:
 
     e_j = (1 - rho) e_j - (rho / lam_j) P;    b = P + lam_j g_j;    e_j = e_j + (rho / lam_j) b
 
 and b is projected on the span of e_0, ..., e_{j-1}, to which P is orthogonal already. The main gradient is thus never
-alone in memory; that is why its norm, for the noise estimate, is measured on a sample (`noise.py`).
+alone in memory: it is rounded as in a plain sum of the two, and its norm, for the noise estimate, is measured on a
+sample (`noise.py`).
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ from hf_momentum.sharding import GradientPiece, ReducedGradients, total
 from hf_momentum.surgery.combination import projection
 from hf_momentum.surgery.kept import Kept
 from hf_momentum.surgery.measured import Averaged
-from hf_momentum.surgery.noise import Noise, Window, added, fitting_rho, sample
+from hf_momentum.surgery.noise import Noise, Sample, added, fitting_rho, sample
 from hf_momentum.surgery.passes import Passes
 from hf_momentum.surgery.products import Products, products
 from hf_momentum.surgery.settings import Settings
@@ -51,7 +52,7 @@ class _Step:
         rho: the rate of this update.
         done: objectives whose gradients are in the buffer.
         before: <e_i, b> before the last backward pass, where b was not orthogonal to the e_i.
-        windows: a sample of b before the last backward pass.
+        sample: of b before the last backward pass.
         old_average: |e_0|^2 before this batch.
         taken: gradients that were taken out of the buffer, by objective.
     """
@@ -59,7 +60,7 @@ class _Step:
     rho: Tensor | float
     done: list[int] = field(default_factory=list)
     before: Tensor | None = None
-    windows: list[Window | None] | None = None
+    sample: Sample | None = None
     old_average: Tensor | None = None
     taken: dict[int, list[GradientPiece]] = field(default_factory=dict)
 
@@ -67,8 +68,8 @@ class _Step:
 class Bloop:
     """The surgery on reduced gradients; knows nothing of models, losses and trainers.
 
-    Whoever trains runs the objectives in the order of `sequence` (0 is the main one), each loss multiplied by its weight,
-    and calls `after` when an objective's gradient is reduced; then the optimizer steps.
+    Whoever trains runs the objectives in the order of `sequence` (0 is the main one), each loss multiplied by its
+    weight, and calls `after` when an objective's gradient is reduced; then the optimizer steps.
 
     Args:
         optimizer: the innermost optimizer, which will step; its state carries the averages.
@@ -152,8 +153,8 @@ class Bloop:
         if first:
             step.old_average = found.plain_e
         own = (found.b_b if objective else found.plain_b) if first else None
-        if step.windows is not None and (objective == 0 or self.settings.metric == "euclidean"):
-            own = total(gradients.layout, pieces, added(pieces, step.windows))[0]
+        if step.sample is not None and (objective == 0 or self.settings.metric == "euclidean"):
+            own = total(gradients.layout, pieces, added(pieces, step.sample))[0]
         step.done.append(objective)
         following = self.sequence[len(step.done)] if len(step.done) < len(self.sequence) else None
 
@@ -175,7 +176,7 @@ class Bloop:
         # From the main one upwards, what is in the buffer is not orthogonal to what is projected on next.
         upwards = self.sequence[0] == 0
         step.before = self._products(gradients, pieces, b, following).e_b if upwards else None
-        step.windows = sample(pieces, self._time) if self._time % _EVERY == 0 else None
+        step.sample = sample(pieces, self._time) if self._time % _EVERY == 0 else None
         gradients.keep()
         return True
 
@@ -252,9 +253,8 @@ class Bloop:
     def _coefficients(self, found: Products, removed: Tensor, objective: int) -> list[Tensor]:
         if objective == 0:
             return []
-        # An average far shorter than the gradient is rounding.
         gram = torch.where(found.gram.diagonal() > self.settings.guard**2 * found.b_b, found.gram, 0.0 * found.gram)
-        return list(projection(gram[:objective, :objective], removed[:objective], self.settings.guard).unbind())
+        return list(projection(gram[:objective, :objective], removed[:objective]).unbind())
 
     def _project(
         self, step: _Step, b: list[Tensor], pieces: Sequence[GradientPiece], i: int, c: Tensor | float, lends: bool
@@ -308,7 +308,7 @@ class Bloop:
         self._step = None
 
     def noise(self) -> dict[str, float]:
-        """The noise ratio n of the main gradient, NaN while it is not known, and the rho in use; waits for the device."""
+        """The main gradient's noise ratio n, NaN while it is not known, and the rho in use; waits for the device."""
         n = float(self._noise.ratio()) if isinstance(self._noise.count, Tensor) else float("nan")
         return {"noise_ratio": n, "rho": float(self._rho_now)}
 

@@ -9,20 +9,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-GUARD = 1e-12
-"""A direction shorter than this part of what it comes from is rounding, and nothing is projected on it."""
+_DEPENDENT = 1e-12  # what is left of a vector after projections, if no longer than this part of it, is rounding
 
 
-def projection(gram: Tensor, products: Tensor, guard: float = GUARD) -> Tensor:
+def projection(gram: Tensor, products: Tensor) -> Tensor:
     """Coefficients c for which sum_i c_i e_i is the part of x in the span of the e_i.
 
-    By Gram-Schmidt in the coordinates of the e_i. A basis vector that the earlier ones span up to `guard` of its length,
-    or that is zero, gets nothing.
+    By Gram-Schmidt in the coordinates of the e_i. A basis vector that is zero, or that the earlier ones span but for
+    rounding, gets nothing.
 
     Args:
         gram: `[k, k]`, <e_i, e_j>.
         products: `[k]`, <e_i, x>.
-        guard: relative.
 
     Returns:
         `[k]`.
@@ -40,7 +38,7 @@ def projection(gram: Tensor, products: Tensor, guard: float = GUARD) -> Tensor:
         for earlier, squared in basis:
             u = u - _ratio(earlier @ gram[:, i], squared) * earlier
         squared = u @ gram @ u
-        squared = torch.where(squared > guard**2 * gram[i, i], squared, torch.zeros_like(squared))
+        squared = torch.where(squared > _DEPENDENT**2 * gram[i, i], squared, torch.zeros_like(squared))
         basis.append((u, squared))
         found = found + _ratio(u @ products, squared) * u
     return found

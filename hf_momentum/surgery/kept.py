@@ -1,8 +1,8 @@
 """Tensors that a surgery keeps for every parameter, carried by the optimizer's state.
 
-There they are cut like the parameters, saved in every checkpoint of every layout, and loaded again bit for bit. Before an
-optimizer's first step its state must stay empty (Adam takes an empty dictionary as the sign of it), so until then the
-tensors wait here.
+There they are cut like the parameters, saved in every checkpoint of every layout, and loaded again bit for bit. Before
+an optimizer's first step its state must stay empty (Adam takes an empty dictionary as the sign of it), so until then
+the tensors wait here.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class Kept:
 
     Args:
         optimizer: the innermost one, whose `step` is called.
-        dtypes: dtype of each name.
+        dtypes: dtype of each name; float64 tensors have all of them in float64.
 
     Example:
         >>> w = torch.nn.Parameter(torch.ones(2))
@@ -54,7 +54,8 @@ class Kept:
         """What is kept for a holder, begun as a copy of `value`, or as zeros."""
         found = self.get(name, holder)
         if found is None:
-            like, dtype = holder.detach() if value is None else value.detach(), self.dtypes[name]
+            like = holder.detach() if value is None else value.detach()
+            dtype = like.dtype if like.dtype == torch.float64 else self.dtypes[name]
             found = torch.zeros_like(like, dtype=dtype) if value is None else like.to(dtype, copy=True)
             self._waiting[name][holder] = found
         return found

@@ -1,8 +1,8 @@
 """How noisy the main gradient is, estimated from what Bloop sees anyway.
 
-A batch's gradient is g = gbar + noise; n = tr(Cov g) / |gbar|^2 is its noise ratio. An average of independent gradients
-with weights that sum to c and whose squares sum to q has E|e|^2 = c^2 |gbar|^2 (1 + n kappa) with kappa = q / c^2, while
-E|g|^2 = |gbar|^2 (1 + n). So from r = E|e / c|^2 / E|g|^2
+A batch's gradient is g = gbar + noise; n = tr(Cov g) / |gbar|^2 is its noise ratio. An average of independent
+gradients with weights that sum to c and whose squares sum to q has E|e|^2 = c^2 |gbar|^2 (1 + n kappa) with
+kappa = q / c^2, while E|g|^2 = |gbar|^2 (1 + n). So from r = E|e / c|^2 / E|g|^2
 
     n = (1 - r) / (r - kappa)
 
@@ -121,36 +121,42 @@ def fitting_rho(n: Tensor, start: float, least: float, most: float = 0.1) -> Ten
 
 
 @dataclass(frozen=True)
-class Window:
-    """A stretch of one piece, copied before something is added to the buffer, and how many such the tensor has."""
+class Sample:
+    """A small part of a buffer, copied before something is added to it.
 
-    before: Tensor
-    start: int
-    count: int
+    Attributes:
+        time: which part: another one at each time.
+        copies: the part of each piece, by row and begin of the piece.
+    """
+
+    time: int
+    copies: dict[tuple[int, int | None], Tensor]
 
 
-def sample(pieces: Sequence[GradientPiece], time: int) -> list[Window | None]:
+def sample(pieces: Sequence[GradientPiece], time: int) -> Sample:
     """Copies of a small part of each piece: all of small tensors, a 64th of large ones, another one at each `time`.
 
     Which part depends on the tensor alone and not on how it is cut, so all layouts measure the same.
     """
-    return [_window(piece, time) for piece in pieces]
+    return Sample(time, {(piece.row, piece.piece.start): _window(piece, time)[0].clone() for piece in pieces})
 
 
-def _window(piece: GradientPiece, time: int) -> Window | None:
+def _window(piece: GradientPiece, time: int) -> tuple[Tensor, int]:
+    """The part of a piece that is looked at, perhaps empty, and how many such parts its tensor has."""
     flat = piece.grad.reshape(-1)
     numel, offset = (piece.numel, piece.offset) if piece.offset is not None else (flat.numel(), 0)
     length = numel if numel <= _WHOLE else max(-(-numel // _SHARE), _WHOLE)
-    count = max(-(-numel // length), 1)
+    count = max(-(-numel // length), 1) if length else 1
     begin = (time * 37 + piece.row) % count * length
-    low, high = max(begin, offset), min(begin + length, numel, offset + flat.numel())
-    if low >= high:
-        return None
-    return Window(flat[low - offset : high - offset].clone(), low - offset, count)
+    low = min(max(begin, offset), offset + flat.numel())
+    high = max(low, min(begin + length, numel, offset + flat.numel()))
+    return flat[low - offset : high - offset], count
 
 
-def added(pieces: Sequence[GradientPiece], windows: Sequence[Window | None], factor: Tensor | float = 1.0) -> Tensor:
+def added(pieces: Sequence[GradientPiece], before: Sample) -> Tensor:
     """An unbiased estimate, over this process's pieces, of the squared norm of what was added since `sample`.
+
+    A piece that was not there then was zero.
 
     Returns:
         `[pieces, 1]`, float64 where the device has it.
@@ -159,20 +165,16 @@ def added(pieces: Sequence[GradientPiece], windows: Sequence[Window | None], fac
         >>> from hf_momentum.sharding import Piece
         >>> b = torch.ones(3)
         >>> pieces = [GradientPiece(b, b, Piece(0, 0, None, 3), row=0, numel=3, offset=0)]
-        >>> windows = sample(pieces, time=0)
+        >>> before = sample(pieces, time=0)
         >>> _ = b.add_(2.0)
-        >>> added(pieces, windows).item()
+        >>> added(pieces, before).item()
         12.0
     """
-    from hf_momentum.kernels import sum_dtype
-
     rows = []
-    for piece, window in zip(pieces, windows, strict=True):
-        dtype = sum_dtype(piece.grad.device)
-        if window is None:
-            rows.append(torch.zeros((), dtype=dtype, device=piece.grad.device))
-            continue
-        now = piece.grad.reshape(-1)[window.start : window.start + window.before.numel()]
-        change = (now.to(dtype) - window.before.to(dtype)) * factor
-        rows.append(window.count * torch.dot(change, change))
+    for piece in pieces:
+        now, count = _window(piece, before.time)
+        change, old = now.to(sum_dtype(now.device)), before.copies.get((piece.row, piece.piece.start))
+        if old is not None:
+            change = change - old
+        rows.append(count * torch.dot(change, change))
     return torch.stack(rows)[:, None]

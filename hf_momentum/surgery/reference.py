@@ -1,4 +1,4 @@
-"""Gradient surgery, slow and in the paper's notation, for one process and one vector; the truth that tests compare with.
+"""Gradient surgery, slow and in the papers' notation, for one process and one vector: the truth for the tests.
 
 Nothing here is shared with the code that runs. A gradient is one float64 vector over the whole model.
 """
@@ -45,9 +45,7 @@ class BloopReference:
         array([1., 5.])
     """
 
-    def __init__(
-        self, lam: Sequence[float], rho: float = 0.01, order: str = "paper", init: str = "zeros"
-    ) -> None:
+    def __init__(self, lam: Sequence[float], rho: float = 0.01, order: str = "paper", init: str = "zeros") -> None:
         self.lam, self.rho, self.order, self.init = list(lam), rho, order, init
         self.e: list[Vector] = []
 
@@ -104,7 +102,7 @@ def dynamic_barrier(lam: Sequence[float], main: Vector, auxiliaries: Sequence[Ve
 
 
 def pcgrad(lam: Sequence[float], main: Vector, auxiliaries: Sequence[Vector]) -> Vector:
-    """Each of g_main, lam g_aux loses its part along every other that it conflicts with; d is the sum (arXiv 2001.06782).
+    """d: the sum of g_main and lam g_aux, each without its part along every other that it conflicts with (2001.06782).
 
     Example:
         >>> pcgrad([1.0], np.array([1.0, 0.0]), [np.array([-1.0, 1.0])])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hf_momentum.errors import InputError
-from hf_momentum.surgery.combination import GUARD, RULES
+from hf_momentum.surgery.combination import RULES
 
 SURGERIES = ("bloop", *RULES)
 """Every surgery on gradients; `replay`, which mixes examples instead, is none."""
@@ -27,7 +27,8 @@ class Settings:
         dtype: of the average, float32 or bfloat16 (rounded stochastically).
         metric: "euclidean", or "adam": inner products weighted by 1 / (sqrt(v) + eps), v the second moment of the last
             step, so that Adam's step for the auxiliary part, and not only its gradient, is orthogonal to the average.
-        guard: an average shorter than this part of the gradient counts as zero.
+        guard: an average shorter than this part of the gradient counts as zero. However short it is, its direction is
+            right: with 1e-12 instead, a main loss that converges to its minimum is thrown off it again and again.
         intact: keep each gradient apart until all are there, so that a step can be given up with nothing changed; one
             gradient more in memory.
         start_rho: what rho="auto" begins with.
@@ -49,7 +50,7 @@ class Settings:
     init: str = "zeros"
     dtype: torch.dtype = torch.float32
     metric: str = "euclidean"
-    guard: float = GUARD
+    guard: float = 1e-30
     intact: bool = False
     start_rho: float = 0.01
 
@@ -88,7 +89,7 @@ def weights_of(lam: Sequence[float], names: Sequence[str]) -> tuple[float, ...]:
         (0.1, 0.1)
     """
     if len(lam) not in (1, len(names)):
-        raise InputError(f"lam has {len(lam)} values for {len(names)} auxiliaries ({', '.join(names)}); give 1 or as many")
+        raise InputError(
+            f"lam has {len(lam)} values for {len(names)} auxiliaries ({', '.join(names)}); give 1 or as many"
+        )
     return tuple(lam) * len(names) if len(lam) == 1 else tuple(lam)
-
-
