@@ -4,11 +4,12 @@ from typing import Any, Protocol
 
 import torch
 
-from hf_momentum.sharding import ReducedGradients
+from hf_momentum.sharding import GradientPiece, ReducedGradients
 from hf_momentum.surgery.baselines import Combination
 from hf_momentum.surgery.bloop import Bloop
 from hf_momentum.surgery.measured import Averaged
 from hf_momentum.surgery.noise import SURVIVES, TOLERATED, survives
+from hf_momentum.surgery.regulariser import Regulariser
 from hf_momentum.surgery.settings import SURGERIES, Settings, weights_of
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "TOLERATED",
     "Bloop",
     "Combination",
+    "Regulariser",
     "Settings",
     "Surgery",
     "make_surgery",
@@ -39,6 +41,9 @@ class Surgery(Protocol):
 
     def after(self, objective: int, gradients: ReducedGradients) -> bool:
         """Work an objective's gradient in; whether it is finite."""
+
+    def give(self, objective: int, pieces: list[GradientPiece]) -> None:
+        """Hand in an auxiliary gradient that no backward pass made."""
 
     def noise(self) -> dict[str, float]:
         """What is known of the noise."""

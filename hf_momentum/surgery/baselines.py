@@ -78,6 +78,10 @@ class Combination:
             self._measure(gram)
         return finite
 
+    def give(self, objective: int, pieces: list[GradientPiece]) -> None:
+        """Hand in an auxiliary gradient that no backward pass made, times its weight; before `after(0, ...)`."""
+        self._taken[objective] = pieces
+
     def _gram(self, gradients: ReducedGradients, pieces: list[GradientPiece], parts: list[list[Tensor]]) -> Tensor:
         pairs = [(i, j) for i in range(len(parts)) for j in range(i + 1)]
         columns = [self._passes.sums(parts[i], parts[j])[:, :1] for i, j in pairs]

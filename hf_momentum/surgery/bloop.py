@@ -126,12 +126,18 @@ class Bloop:
             that was lent to (see above) can be made whole again only where gradients are kept `intact`.
         """
         if self._step is None:
-            self._step = _Step(self._rho(gradients))
+            self._step = _Step(self._rho())
         if self.settings.intact:
             return self._after_intact(self._step, objective, gradients)
         return self._after_in_place(self._step, objective, gradients)
 
-    def _rho(self, gradients: ReducedGradients) -> Tensor | float:
+    def give(self, objective: int, pieces: list[GradientPiece]) -> None:
+        """Hand in an auxiliary gradient that no backward pass made, times its weight; before `after(0, ...)`."""
+        if self._step is None:
+            self._step = _Step(self._rho())
+        self._step.taken[objective] = pieces
+
+    def _rho(self) -> Tensor | float:
         if self._time == 0 and self.settings.init == "first_gradient":
             return 1.0
         if self.settings.rho != "auto":

@@ -24,11 +24,11 @@ from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.integrations.registry import nearest
 from hf_momentum.integrations.transformers_hook import keyword_arguments
 from hf_momentum.optim.momentum_laws import momentum_key
-from hf_momentum.training.arguments import DataArguments, ModelArguments, MomentumTrainingArguments, PeftArguments
+from hf_momentum.training.arguments import BloopArguments, DataArguments, ModelArguments, MomentumTrainingArguments, PeftArguments
 from hf_momentum.training.trainer import MomentumTrainer
 
 OFFLINE_RECIPE = "recipes/quickstart.yaml"
-_DATACLASSES = (ModelArguments, DataArguments, PeftArguments, MomentumTrainingArguments)
+_DATACLASSES = (ModelArguments, DataArguments, PeftArguments, BloopArguments, MomentumTrainingArguments)
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Recipe:
     model: ModelArguments
     data: DataArguments
     peft: PeftArguments
+    bloop: BloopArguments
     training: MomentumTrainingArguments
 
     def to_yaml(self) -> str:
