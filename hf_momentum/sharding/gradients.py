@@ -1,8 +1,8 @@
 """The reduced gradient between backward and step: where it lies, and how two of them become one.
 
-Gradient surgery needs gradients of two losses, each already averaged over all processes, and inner products of them over
-the whole model. Nothing is gathered: every process works on the pieces that it will step with, and one all-reduce of a
-few numbers makes inner products whole.
+Gradient surgery needs gradients of two losses, each already averaged over all processes, and inner products of them
+over the whole model. Nothing is gathered: every process works on the pieces that it will step with, and one all-reduce
+of a few numbers makes inner products whole.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,7 +58,10 @@ class ReducedGradients(Protocol):
         """What the gradients are multiplied by at present, against underflow; 1 where there is no such thing."""
 
     def pieces(self, needed: Callable[[Tensor], bool]) -> list[GradientPiece]:
-        """Every piece that has a gradient; one of zeros is made for a holder that is `needed` and has none."""
+        """Every piece that has a gradient; one of zeros is made for a holder that is `needed` and has none.
+
+        Frozen tensors have none. ZeRO keeps a gradient for every other tensor; zeros where no loss reached it.
+        """
 
     def keep(self) -> None:
         """Let the next backward pass add to what is in the buffers now."""
@@ -136,7 +139,7 @@ class WholeGradients:
         found = []
         for row, (group, position, param) in enumerate(self._params()):
             if param.grad is None:
-                if not needed(param):
+                if not (param.requires_grad and needed(param)):
                     continue
                 param.grad = torch.zeros_like(param)
             require_like(param, param.grad)

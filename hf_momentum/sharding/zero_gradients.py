@@ -7,8 +7,8 @@ What DeepSpeed (0.19) does with gradients, found by looking:
   boundary cuts the stretches out, into `averaged_gradients`, and a later boundary would replace them.
 - ZeRO-1 does the same, but reduces only at a boundary; until then gradients lie unreduced in `.grad`.
 - Where 16-bit gradients are accumulated in float32, both add to one flat buffer in `averaged_gradients` instead.
-- With the optimizer on the CPU, passes accumulate in `accumulated_grads_in_cpu`. A boundary copies what it reached to the
-  partition's `.grad` and notes its norm; the norms noted are what clipping uses.
+- With the optimizer on the CPU, passes accumulate in `accumulated_grads_in_cpu`. A boundary copies what it reached to
+  the partition's `.grad` and notes its norm; the norms noted are what clipping uses.
 - ZeRO-3 keeps a persistent buffer, to which every pass but the first adds. A parameter that a first pass does not
   reach keeps what an earlier step left there. With offload, a boundary copies and notes norms as above.
 - `BF16_Optimizer` keeps the whole gradient in float32 on every process and reduces at a boundary, like DDP; it clips by
@@ -45,7 +45,7 @@ def reduced_gradients(
         optimizer: the innermost one, whose `state` knows the holders.
         given: weak references to the tensors that were given to the optimizer, by group, taken before any wrapper
             replaced them; needed under ZeRO, where rows of tables of sums count the tensors in this order.
-        scale: gives the present loss scale where gradients are in `.grad`; None where there is none. ZeRO knows its own.
+        scale: gives the present loss scale where gradients lie in `.grad`; None for none. ZeRO knows its own.
 
     Raises:
         UnsupportedLayoutError: the gradients are kept in a way that is not known here.
@@ -64,17 +64,17 @@ def reduced_gradients(
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     zero = engine.optimizer
-    _require_plain(engine)
     # The types themselves: their subclasses (MiCS, ZenFlow) keep gradients in other ways.
-    if type(zero) is DeepSpeedZeroOptimizer:
-        return (OffloadedGradients if zero.cpu_offload else PartitionGradients)(engine, given)
-    if type(zero) is DeepSpeedZeroOptimizer_Stage3:
-        if zero.swap_optimizer or zero.params_in_nvme_and_cpu:
-            raise UnsupportedLayoutError("gradients, weights or optimizer state are swapped to NVMe", _REMEDY)
-        return Zero3Gradients(engine, given)
+    if type(zero) not in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer):
+        raise UnsupportedLayoutError(f"DeepSpeed keeps the gradients in its {type(zero).__name__}", _REMEDY)
+    _require_plain(engine)
     if type(zero) is BF16_Optimizer:
         return BF16Gradients(engine, given)
-    raise UnsupportedLayoutError(f"DeepSpeed keeps the gradients in its {type(zero).__name__}", _REMEDY)
+    if type(zero) is DeepSpeedZeroOptimizer:
+        return (OffloadedGradients if zero.cpu_offload else PartitionGradients)(engine, given)
+    if zero.swap_optimizer or zero.params_in_nvme_and_cpu:
+        raise UnsupportedLayoutError("weights, gradients or optimizer state are swapped to NVMe", _REMEDY)
+    return Zero3Gradients(engine, given)
 
 
 _REMEDY = "Under DeepSpeed, set the ZeRO stage to 1, 2 or 3, on the GPU or with offload to the CPU"
@@ -83,12 +83,14 @@ _REMEDY = "Under DeepSpeed, set the ZeRO stage to 1, 2 or 3, on the GPU or with 
 def _require_plain(engine: Any) -> None:
     """Raise for what changes gradients, or where they lie, in ways that were not looked at."""
     unknown = {
-        "ZenFlow": engine.zenflow,
+        "zenflow": engine.zenflow,
         "DeepCompile": engine.is_deepcompile_enabled(),
-        "managed_gradient_accumulation=false": not engine.managed_gradient_accumulation(),
-        "torch_autocast in float16": getattr(engine.optimizer, "torch_autocast_gradscaler", None) is not None,
-        "master weights in 16 bits": getattr(engine.optimizer, "low_precision_master_weights_and_grads", False),
-        "Muon, which replaces gradients by its updates": "muon" in type(engine.basic_optimizer).__name__.lower(),
+        "managed_gradient_accumulation: false": not engine.managed_gradient_accumulation(),
+        "torch_autocast in float16": engine.optimizer.torch_autocast_gradscaler is not None,
+        "master weights in 16 bits": engine.fp16_master_weights_and_gradients()
+        or engine.bf16_master_weights_and_gradients(),
+        "Muon, which puts its updates in the place of gradients": "muon"
+        in type(engine.basic_optimizer).__name__.lower(),
     }
     for name, found in unknown.items():
         if found:
@@ -262,7 +264,8 @@ class OffloadedGradients(_ZeroGradients):
     def _grad(self, part: _Part) -> Tensor:
         zero = self._zero
         if zero._use_compact_grad_partition_buffer(part.index):
-            return part.piece.of(zero._get_compact_grad_partition_buffer(part.index).flat_partition)
+            flat: Tensor = zero._get_compact_grad_partition_buffer(part.index).flat_partition
+            return part.piece.of(flat)
         if zero.get_param_id(part.param) in zero.norm_for_param_grads:  # a boundary has reached it
             return part.piece.of(_grad_of(part.holder))
         return self._accumulator(part)
@@ -435,4 +438,5 @@ def _copied_norm(part: _Part, grad: Tensor | None) -> Tensor:
     assert grad is not None
     if target.data_ptr() != grad.data_ptr():
         target.copy_(grad)
-    return torch.linalg.vector_norm(target, dtype=torch.float64).cpu()
+    norm: Tensor = torch.linalg.vector_norm(target, dtype=torch.float64)
+    return norm.cpu()
