@@ -14,6 +14,7 @@ from hf_momentum.sharding.layout import (
     require_like,
 )
 from hf_momentum.sharding.zero import ZeroPartitions, clipping_factor, is_marked
+from hf_momentum.sharding.zero_gradients import reduced_gradients
 
 __all__ = [
     "SUPPORTED",
@@ -28,6 +29,7 @@ __all__ = [
     "clipping_factor",
     "is_marked",
     "lay_out",
+    "reduced_gradients",
     "require_like",
     "total",
 ]

@@ -41,6 +41,10 @@ class GradientPiece:
 class ReducedGradients(Protocol):
     """What every way to keep gradients offers.
 
+    One accumulation goes so: `drop`; backward passes over one loss; `pieces`, which may be overwritten; `keep`, and
+    backward passes over another loss, which add to what is there, or `take`, after which they begin from nothing; and
+    so on; `settle`; the optimizer's step. Nothing here holds a gradient of its own between the calls.
+
     Attributes:
         layout: how the tensors lie.
         boundary: whether an auxiliary loss's last backward pass must be declared the end of an accumulation, for its
@@ -54,19 +58,31 @@ class ReducedGradients(Protocol):
         """What the gradients are multiplied by at present, against underflow; 1 where there is no such thing."""
 
     def pieces(self, needed: Callable[[Tensor], bool]) -> list[GradientPiece]:
-        """Every piece that has a gradient; one of zeros is made for a holder that is `needed` and has none."""
+        """Every piece that has a gradient; one of zeros is made for a holder that is `needed` and has none.
+
+        Frozen tensors have none. ZeRO keeps a gradient for every other tensor; zeros where no loss reached it.
+        """
 
     def keep(self) -> None:
         """Let the next backward pass add to what is in the buffers now."""
 
-    def take(self) -> list[GradientPiece]:
-        """Take the gradient away: its pieces, in tensors of their own; the next backward pass begins from nothing."""
+    def take(self, needed: Callable[[Tensor], bool]) -> list[GradientPiece]:
+        """Take the gradient away, so that the next backward pass begins from nothing.
+
+        Returns:
+            What `pieces(needed)` would have given, out of reach of the wrapper. To put it back, write to or add to the
+            later `pieces`: the two lists have the same rows in the same order if `needed` is true of every holder.
+        """
 
     def settle(self) -> None:
-        """Tell the wrapper that the gradients are as they shall be at the step."""
+        """Tell the wrapper that the gradients are as they shall be at the step; to be called before every step."""
 
     def drop(self) -> None:
-        """Throw the gradients away; a step that follows changes nothing."""
+        """Throw the gradients away, so that the next backward pass begins from nothing; no step needs to follow.
+
+        To be called before the first backward pass of every accumulation too: after a step some wrappers still keep the
+        gradients of parameters that the next loss may not reach, and would add to them.
+        """
 
 
 def total(layout: Layout, pieces: Sequence[GradientPiece], sums: Tensor) -> Tensor:
@@ -123,7 +139,7 @@ class WholeGradients:
         found = []
         for row, (group, position, param) in enumerate(self._params()):
             if param.grad is None:
-                if not needed(param):
+                if not (param.requires_grad and needed(param)):
                     continue
                 param.grad = torch.zeros_like(param)
             require_like(param, param.grad)
@@ -134,9 +150,18 @@ class WholeGradients:
     def keep(self) -> None:
         """Nothing to do: autograd adds to `.grad`."""
 
-    def take(self) -> list[GradientPiece]:
-        """The gradients, which are gone from the tensors then."""
-        taken = self.pieces(lambda holder: False)
+    def take(self, needed: Callable[[Tensor], bool]) -> list[GradientPiece]:
+        """The pieces, whose gradients are gone from the tensors then.
+
+        Example:
+            >>> w = torch.nn.Parameter(torch.zeros(2))
+            >>> gradients = WholeGradients(torch.optim.SGD([w], lr=1.0))
+            >>> (w * torch.tensor([1.0, 2.0])).sum().backward()
+            >>> taken = gradients.take(lambda holder: True)
+            >>> taken[0].grad, w.grad
+            (tensor([1., 2.]), None)
+        """
+        taken = self.pieces(needed)
         self.drop()
         return taken
 

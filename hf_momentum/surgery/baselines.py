@@ -60,7 +60,7 @@ class Combination:
         """
         if objective:
             if self._apart:
-                self._taken[objective] = gradients.take()
+                self._taken[objective] = gradients.take(lambda holder: False)
             else:
                 gradients.keep()
             return True

@@ -190,7 +190,7 @@ class Bloop:
 
     def _after_intact(self, step: _Step, objective: int, gradients: ReducedGradients) -> bool:
         if objective:
-            step.taken[objective] = gradients.take()
+            step.taken[objective] = gradients.take(lambda holder: False)
             return True
         held = {id(piece.holder) for taken in step.taken.values() for piece in taken}
         pieces = gradients.pieces(lambda holder: id(holder) in held or self._needed(holder))

@@ -105,8 +105,9 @@ class BloopMixin:
         self._objective = 0
         self._samples = 0
         self._given: list[list[weakref.ref[Any]]] = []
+        self._carrier: Any = None
         self._gradients: ReducedGradients | None = None
-        self._last_pass = False
+        self._last_of_objective = self._last_pass = False
         self._coming: tuple[list[Any], Any] = ([], None)
         self._warned = False
         super().__init__(*args, **kwargs)
@@ -306,8 +307,9 @@ class BloopMixin:
 
     def _before_main(self) -> None:
         """The auxiliary objectives that come before the main one."""
-        if self.surgery is None:
+        if self.surgery is None or self._gradients is None:
             return
+        self._gradients.drop()  # some wrappers keep those of the last step
         for objective in self.surgery.sequence:
             if objective == 0:
                 break
@@ -344,7 +346,7 @@ class BloopMixin:
         try:
             for number, inputs in enumerate(batches, start=1):
                 final = number == len(batches)
-                self._last_pass = final and last
+                self._last_of_objective, self._last_pass = final, final and last
                 with nullcontext() if final else self._not_synchronised(model):
                     loss = self.training_step(model, dict(inputs) if isinstance(inputs, dict) else inputs, items)
                 self.surgery.measured.add(self._label("aux_loss", one), loss.detach() / one.lam * len(batches))
