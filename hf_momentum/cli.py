@@ -4,6 +4,8 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from hf_momentum.errors import InputError, TrainingStopped
 
@@ -21,6 +23,19 @@ zero2_offload, zero3_offload, multi_node_fsdp2, multi_node_zero3, or a file of y
 Any field of a recipe can be given as --field value and wins over the file. `hf-momentum train --help-fields` lists
 them all: model, data, LoRA, and every field of transformers' TrainingArguments."""
 
+PARETO_HELP = """\
+Train a recipe with an auxiliary objective over a grid of surgeries, lambdas and seeds, and draw the fronts of main
+against auxiliary loss; one sentence says whether Bloop's front was better, whichever way it came out.
+
+examples:
+  hf-momentum pareto --config bloop_domain --surgeries bloop,mixed,pcgrad,replay --lambdas 0.01,0.1,1 --seeds 3 \\
+    --output_dir outputs/domain
+  hf-momentum pareto --config bloop_domain --lambdas 0.1,1 --output_dir outputs/domain --max_steps 50 --dry-run
+
+Besides, every seed is trained once on the main data alone, and the base model is measured. Each finished run is kept in
+OUT/runs.jsonl: the same command, given again, runs only what is missing. Any field of a recipe but surgery, lam and
+data_seed can be given as --field value. Exit status 1: a run failed."""
+
 RUN_HELP = """\
 Run any script or module that uses a Trainer with our --optim names registered, unchanged.
 
@@ -36,6 +51,13 @@ examples:
   hf-momentum export outputs/run/checkpoint-400 my-model
   hf-momentum export outputs/run/checkpoint-400 my-model --dtype bfloat16
   hf-momentum export outputs/run/checkpoint-400 continued --resumable"""
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,6 +88,7 @@ def _dispatch(words: list[str]) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="run a recipe and write its report", add_help=False)
+    commands.add_parser("pareto", help="compare gradient surgeries by their fronts", add_help=False)
     commands.add_parser("run", help="run any script with our --optim names", add_help=False)
     commands.add_parser("export", help="write a checkpoint as a plain folder", add_help=False)
     commands.add_parser("optimizers", help="list the optimizers and their arguments")
@@ -73,6 +96,8 @@ def _dispatch(words: list[str]) -> int:
     rest = words[1:]
     if command == "train":
         return _train(rest)
+    if command == "pareto":
+        return _pareto(rest)
     if command == "run":
         return _run(rest)
     if command == "export":
@@ -125,6 +150,45 @@ def _train(words: list[str]) -> int:
     if outcome.is_main:
         print("\n" + "\n".join(job.summary(outcome)), flush=True)
     return 0
+
+
+def _pareto(words: list[str]) -> int:
+    parser = _OneLineParser(
+        prog="hf-momentum pareto",
+        description=PARETO_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="RECIPE", required=True, help="a YAML file, or a shipped recipe's name")
+    parser.add_argument("--surgeries", metavar="NAMES", default="bloop,mixed,pcgrad,replay", help="(%(default)s)")
+    parser.add_argument("--lambdas", metavar="WEIGHTS", default="0.01,0.1,1", help="(%(default)s)")
+    parser.add_argument("--seeds", metavar="N", type=int, default=3, help="from the recipe's seed on (%(default)s)")
+    parser.add_argument("--main", metavar="SPLIT", help="the first of in_distribution unless given")
+    parser.add_argument("--auxiliary", metavar="SPLIT", help="the first of auxiliary unless given")
+    parser.add_argument("--jobs", metavar="N", type=int, default=1, help="runs side by side (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="say how many runs and how long; run nothing")
+    parser.add_argument("--output_dir", metavar="OUT", required=True, help="for runs.jsonl, the report and fronts.png")
+    known, overrides = parser.parse_known_args(words)
+    from hf_momentum.training import pareto
+
+    made = pareto.plan(
+        known.config,
+        overrides,
+        surgeries=pareto.listed(known.surgeries),
+        lambdas=pareto.numbers("lambdas", known.lambdas),
+        seeds=known.seeds,
+        main=known.main,
+        auxiliary=known.auxiliary,
+        folder=known.output_dir,
+    )
+    if known.dry_run:
+        print(pareto.outlook(made, known.jobs), flush=True)
+        return 0
+    records = pareto.run_grid(made, known.jobs)
+    report = pareto.report(made, records)
+    path = report.write(Path(known.output_dir))
+    print("\n" + "\n".join([*report.troubles, report.verdict(), f"Report: {path} (and report.json, fronts.png)"]))
+    return 1 if any(record.status == "failed" for record in records.values()) else 0
 
 
 def _run(words: list[str]) -> int:

@@ -50,8 +50,9 @@ class ModelArguments:
 class DataArguments:
     """Which text it is trained on, and every split it is measured on.
 
-    A dataset is written SOURCE@SPLIT. SOURCE is `stdlib:prose` or `stdlib:code` (text that comes with Python), a
-    .jsonl, .json, .csv, .tsv, .parquet or .txt file, a folder, or a Hub dataset (`owner/name`, `owner/name:config`).
+    A dataset is written SOURCE@SPLIT. SOURCE is `stdlib:prose`, `stdlib:code` or `stdlib:json` (text that comes with
+    Python: its documentation, its source, and a JSON object for each of its functions), a .jsonl, .json, .csv, .tsv,
+    .parquet or .txt file, a folder, or a Hub dataset (`owner/name`, `owner/name:config`).
     SPLIT is train unless given. An evaluation split is written NAME=SOURCE@SPLIT.
 
     Example:

@@ -1,13 +1,15 @@
-"""Real text that every machine with Python has: the standard library's prose and its code.
+"""Real text that every machine with Python has: the standard library's prose, its code, and records of its functions.
 
-Two kinds of one domain, parted cleanly, make a distribution shift without a download. Prose is the language
-reference in `pydoc_data` and the docstrings; code is the source with the docstrings taken out. A module's prose and
-code fall into the same split, so that nothing a model saw in training stands in its test text in another form.
+Kinds of one domain, parted cleanly, make a distribution shift without a download. Prose is the language reference in
+`pydoc_data` and the docstrings; code is the source with the docstrings taken out; json is a record in a fixed format
+for each public function, which teaches a model that format. All that comes from one module falls into the same split,
+so that nothing a model saw in training stands in its test text in another form.
 """
 
 import ast
 import hashlib
 import importlib
+import json
 import sysconfig
 from collections.abc import Iterator
 from functools import lru_cache
@@ -18,7 +20,7 @@ from tqdm.auto import tqdm
 
 from hf_momentum.errors import InputError
 
-Kind = Literal["prose", "code"]
+Kind = Literal["prose", "code", "json"]
 Split = Literal["train", "validation", "test"]
 
 # Not the library itself: its tests and applications, packages of others, and tables of character codes.
@@ -31,7 +33,7 @@ def stdlib_texts(kind: str, split: str) -> list[str]:
     """The documents of one kind and split, in a fixed order for a given Python version.
 
     Args:
-        kind: "prose" or "code".
+        kind: "prose", "code" or "json" (each text one JSON object on one line, as `records` makes them).
         split: "train" (80 % of the modules), "validation" or "test" (10 % each), by a hash of the module's name.
 
     Raises:
@@ -80,12 +82,16 @@ def _read() -> Iterator[tuple[str, Kind, str]]:
             tree = ast.parse(source)
         except (SyntaxError, UnicodeDecodeError):
             continue  # a few files of the library are deliberately not valid Python
-        group = path.relative_to(library).parts[0].removesuffix(".py")
+        parts = path.relative_to(library).with_suffix("").parts
+        group = parts[0]
         prose, code = separate(source, tree)
         if prose:
             yield group, "prose", prose
         if code.strip():
             yield group, "code", code
+        if not any(part.startswith("_") for part in parts if part != "__init__"):
+            for record in records(tree, ".".join(part for part in parts if part != "__init__")):
+                yield group, "json", record
 
 
 def separate(source: str, tree: ast.Module) -> tuple[str, str]:
@@ -110,6 +116,44 @@ def separate(source: str, tree: ast.Module) -> tuple[str, str]:
         for line in range(statement.lineno - 1, statement.end_lineno or statement.lineno):
             lines[line] = ""
     return "\n\n".join(prose), "".join(lines)
+
+
+def records(tree: ast.Module, module: str) -> Iterator[str]:
+    """One JSON object on one line for each public function of a module and method of its public classes.
+
+    Keys, in this order: `name` (qualified by its class), `module`, `arguments` (as they are written, without
+    annotations and defaults, `self` and `cls` left out) and `summary`, the docstring's first line. A function without a
+    docstring has no record.
+
+    Example:
+        >>> source = 'class A:\\n    def f(self, x: int, *rest, y=1):\\n        "Say hello.  "\\n'
+        >>> list(records(ast.parse(source), "m"))
+        ['{"name": "A.f", "module": "m", "arguments": ["x", "*rest", "y"], "summary": "Say hello."}']
+    """
+    for name, function in _public_functions(tree.body):
+        summary = (ast.get_docstring(function) or "").strip().partition("\n")[0].strip()
+        if summary:
+            record = {"name": name, "module": module, "arguments": _arguments(function.args), "summary": summary}
+            yield json.dumps(record, ensure_ascii=False)
+
+
+def _public_functions(
+    body: list[ast.stmt], within: str = ""
+) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for node in body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            if isinstance(node, ast.ClassDef):
+                yield from _public_functions(node.body, f"{within}{node.name}.")
+            else:
+                yield f"{within}{node.name}", node
+
+
+def _arguments(arguments: ast.arguments) -> list[str]:
+    plain = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
+    rest = [f"*{arguments.vararg.arg}"] if arguments.vararg else []
+    named = [argument.arg for argument in arguments.kwonlyargs]
+    keywords = [f"**{arguments.kwarg.arg}"] if arguments.kwarg else []
+    return [name for name in plain if name not in ("self", "cls")] + rest + named + keywords
 
 
 def fingerprint() -> str:
