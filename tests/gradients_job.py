@@ -21,7 +21,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
 from hf_momentum.errors import TrainingStopped
-from hf_momentum.sharding.gradients import GradientPiece, WholeGradients, total
+from hf_momentum.sharding.gradients import GradientPiece, total
 from hf_momentum.sharding.zero_gradients import reduced_gradients
 
 FEATURES, WIDTH, ROWS, RATE, MAX_NORM = 7, 5, 4, 0.1, 1.0

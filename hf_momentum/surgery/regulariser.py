@@ -1,7 +1,7 @@
 """Auxiliary losses of the weights alone, whose gradients need no backward pass.
 
-    l2:        L_aux = |w|^2 / 2             g_aux = w
-    distance:  L_aux = |w - w_start|^2 / 2   g_aux = w - w_start
+l2:        L_aux = |w|^2 / 2             g_aux = w
+distance:  L_aux = |w - w_start|^2 / 2   g_aux = w - w_start
 """
 
 from collections.abc import Sequence

@@ -72,7 +72,11 @@ def auxiliary_loader(
         tensor([1, 2])
     """
     return DataLoader(
-        dataset, batch_sampler=order, collate_fn=collator, num_workers=workers, pin_memory=pin_memory  # type: ignore[arg-type]
+        dataset,
+        batch_sampler=order,
+        collate_fn=collator,
+        num_workers=workers,
+        pin_memory=pin_memory,  # type: ignore[arg-type]
     )
 
 
@@ -90,8 +94,8 @@ def check_auxiliary(name: str, dataset: Any) -> None:
     """
     if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
         raise InputError(
-            f"auxiliary dataset {name!r} is a stream ({type(dataset).__name__}); its order would depend on the number of "
-            "processes. Load it with streaming=False"
+            f"auxiliary dataset {name!r} is a stream ({type(dataset).__name__}); its order would depend on the number "
+            "of processes. Load it with streaming=False"
         )
     if len(dataset) == 0:
         raise InputError(f"auxiliary dataset {name!r} is empty; give it examples, or leave it out")

@@ -1,15 +1,15 @@
 """`BloopTrainer`: a main and an auxiliary objective, whose gradients become one before the optimizer steps.
 
-    on_step_begin      batches of every auxiliary, their forward and backward passes        (order="paper": first)
-    training_step      the main micro-batches, as the Trainer does them
-    last of them       the surgery's last word; then the Trainer clips and steps
+on_step_begin      batches of every auxiliary, their forward and backward passes        (order="paper": first)
+training_step      the main micro-batches, as the Trainer does them
+last of them       the surgery's last word; then the Trainer clips and steps
 """
 
 import logging
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from hf_momentum.errors import InputError, TrainingStopped
@@ -65,19 +65,19 @@ class BloopMixin:
     """Auxiliary objectives for any `transformers.Trainer`; put it before the Trainer among the bases.
 
     Every optimizer, accumulation, clipping (of the combined gradient, once), mixed precision, PEFT and gradient
-    checkpointing work as without it, in one process, DDP, FSDP2, HSDP, DeepSpeed ZeRO-0 to 3 and offload. The average of
-    main gradients travels in the optimizer's state, sharded like the parameters, and in every checkpoint.
+    checkpointing work as without it, in one process, DDP, FSDP2, HSDP, DeepSpeed ZeRO-0 to 3 and offload. The average
+    of main gradients travels in the optimizer's state, sharded like the parameters, and in every checkpoint.
 
-    Logged beside the loss: `aux_loss`, `aux_cosine` (auxiliary gradient and average), `removed_fraction` (of its squared
-    norm), `noise_ratio` n of the main gradient, `rho`. With several auxiliaries `aux_loss_<name>`, and a number behind the
-    others. A warning says when rho is too large for the noise, and which value to use.
+    Logged beside the loss: `aux_loss`, `aux_cosine` (auxiliary gradient and average), `removed_fraction` (of its
+    squared norm), `noise_ratio` n of the main gradient, `rho`. With several auxiliaries `aux_loss_<name>`, and a number
+    behind the others. A warning says when rho is too large for the noise, and which value to use.
 
     Args:
         bloop: how; see `BloopArguments`.
         aux_train_dataset: auxiliary examples: a dataset, or several by name, the most important first.
         aux_data_collator: makes a batch of them; one, or by name; the Trainer's own unless given.
-        aux_loss_func: `f(model, inputs)` for the auxiliary batch, or, without a dataset, for the main one. In a subclass,
-            override `compute_aux_loss` instead.
+        aux_loss_func: `f(model, inputs)` for the auxiliary batch, or, without a dataset, for the main one. In a
+            subclass, override `compute_aux_loss` instead.
         *args, **kwargs: of the Trainer.
 
     Raises:
@@ -145,7 +145,8 @@ class BloopMixin:
         bloop = self.bloop
         if bloop.surgery == "replay":
             raise InputError(
-                "surgery 'replay' mixes examples and no gradients: give a ReplayMixture as train_dataset to a plain Trainer"
+                "surgery 'replay' mixes examples and no gradients: give a ReplayMixture as train_dataset to a plain "
+                "Trainer"
             )
         scaled = self.accelerator.scaler is not None or (self.is_deepspeed_enabled and self.args.fp16)
         return Settings(
@@ -185,7 +186,7 @@ class BloopMixin:
     def compute_aux_loss(
         self, model: nn.Module, inputs: dict[str, Any], name: str, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """The loss of an auxiliary batch (or of the main one, where there is no auxiliary dataset); override for another.
+        """The loss of an auxiliary batch, or without auxiliary dataset of the main one; override for another loss.
 
         Args:
             model: as prepared.
@@ -253,8 +254,8 @@ class BloopMixin:
             ) from error
         if not (isinstance(loss, torch.Tensor) and loss.requires_grad):
             raise InputError(
-                f"auxiliary {one.name!r}: its loss has no gradient, so it can change nothing. Compute it from the model's "
-                "outputs, and not under torch.no_grad() or from detached tensors"
+                f"auxiliary {one.name!r}: its loss has no gradient, so it can change nothing. Compute it from the "
+                "model's outputs, and not under torch.no_grad() or from detached tensors"
             )
         return one.lam * loss
 
@@ -273,8 +274,8 @@ class BloopMixin:
         base = base_optimizer(self.optimizer)
         if self.surgery is None or base is not self._carrier:
             raise InputError(
-                f"{type(base).__name__} was built by something else than this Trainer, after it; remove the optimizer block "
-                "from the DeepSpeed JSON, and name it by --optim"
+                f"{type(base).__name__} was built by something else than this Trainer, after it; remove the optimizer "
+                "block from the DeepSpeed JSON, and name it by --optim"
             )
         self.surgery.steps = state.max_steps
         self._callback.continue_from(state)
@@ -383,8 +384,8 @@ class BloopMixin:
         step = self.state.global_step + 1
         if not self.bloop.skip_nonfinite:
             raise TrainingStopped(
-                f"the gradient of {what} is not finite at step {step}; the step was not taken. Lower learning_rate, look "
-                "at that batch, or set skip_nonfinite to pass over such steps"
+                f"the gradient of {what} is not finite at step {step}; the step was not taken. Lower learning_rate, "
+                "look at that batch, or set skip_nonfinite to pass over such steps"
             )
         _LOGGER.warning("step %d is skipped: a gradient is not finite", step)
         self._gradients.drop()
@@ -416,8 +417,8 @@ class BloopMixin:
             remedy = f"it would take rho {SURVIVES / n:.1g}, too slow for a run of this length: use larger batches"
         if self.is_world_process_zero():
             _LOGGER.warning(
-                "the main gradient is noisy (noise ratio %.3g): with rho %.2g, %.0f %% of what should be removed from the "
-                "auxiliary gradient stays; %s",
+                "the main gradient is noisy (noise ratio %.3g): with rho %.2g, %.0f %% of what should be removed from "
+                "the auxiliary gradient stays; %s",
                 n,
                 rho,
                 100 * survives(n, rho),
@@ -470,8 +471,8 @@ class SurgeryCallback(TrainerCallback, ExportableState):
         for what in ("surgery", "auxiliaries"):
             if saved[what] != now[what]:
                 raise InputError(
-                    f"the checkpoint was saved with {what} {saved[what]}, this run has {now[what]}, and the averages of "
-                    "gradients mean something else. Resume with what it had, or start from its weights alone"
+                    f"the checkpoint was saved with {what} {saved[what]}, this run has {now[what]}, and the averages "
+                    "of gradients mean something else. Resume with what it had, or start from its weights alone"
                 )
         if saved["lam"] != now["lam"]:
             say(f"lam was {saved['lam']} and is {now['lam']} from here on", trainer)

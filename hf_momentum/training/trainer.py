@@ -244,7 +244,11 @@ class MomentumTrainer(Trainer):
         base = base_optimizer(self.optimizer)
         if not self.clips_inside:
             # Under DeepSpeed the step has been taken already; the optimizer then undoes DeepSpeed's clipping by itself.
-            if isinstance(base, ObservesGradients) and not self.is_deepspeed_enabled and self.accelerator.scaler is None:
+            if (
+                isinstance(base, ObservesGradients)
+                and not self.is_deepspeed_enabled
+                and self.accelerator.scaler is None
+            ):
                 base.observe_gradients()  # the gradients are whole and not clipped yet; under a scaler they are scaled
             return super()._clip_grad_norm(model)
         for group in base.param_groups:
