@@ -110,9 +110,8 @@ def single(tmp_path_factory, asked):
     labels = set().union(*asked.values())
     folder = tmp_path_factory.mktemp("bloop_single") / "one"
     # Against gradient accumulation stands a plain batch of the same size.
-    cases = [
-        {**entry, "accumulation": 1} for label, entry in EVERY.items() if label in labels and "resumes" not in entry
-    ]
+    wanted = [entry for label, entry in EVERY.items() if label in labels and "resumes" not in entry]
+    cases = [{**entry, "accumulation": 1} for entry in wanted]
     return folder, run_job(folder, cases, 1, None)
 
 
@@ -169,16 +168,9 @@ def test_the_single_process_trajectory(layout, label, launched, single):
     assert kept["elements"] == kept["held"] > 0, "the average is cut like the parameters"
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param(name, marks=[] if name in SHORT_LAYOUTS else [pytest.mark.slow])
-        for name in ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3")
-    ],
-)
-def test_the_surgery_matters_here(layout, launched, single):
-    """The same run with the plain mixture ends elsewhere, so the comparison above would see a projection left out."""
-    folder, facts = launched(layout)
-    if "mixed" not in facts:
-        pytest.skip("the mixture is run with the slow tests")
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [layout for layout, cases in CASES.items() if cases is ALL])
+def test_a_projection_left_out_would_be_seen(layout, launched):
+    """The same run with the plain mixture ends elsewhere."""
+    folder, _ = launched(layout)
     assert relative_difference(folder / "mixed.pt", folder / "tam.pt") > SENSITIVITY
