@@ -17,8 +17,9 @@ functions for what kernels do not take.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, call, is_, itemgetter
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -39,7 +40,10 @@ from hf_momentum.kernels import (
 # A part for plain torch is closed once it holds this many elements, which bounds its temporaries.
 _PART_ELEMENTS = 2**26
 
-# What the sorting of a list of tensors depends on.
+# Lists of so many kinds are remembered.
+_KNOWN = 8
+
+# What the sorting follows from. A wrapper may give other gradients in any step, so it is looked up every time, in C.
 _FACTS: tuple[Callable[[Any], Any], ...] = (
     type,
     attrgetter("dtype"),
@@ -141,8 +145,8 @@ class _Part:
 class Passes:
     """The passes over lists of gradients and averages of any devices and dtypes, by kernels where they can be had.
 
-    Keep one for a run: it remembers how it sorted the lists, for as long as the averages are the same tensors and the
-    gradients like those before. It holds the averages, but no gradient.
+    Keep one for a run, and give it the same averages every time: it remembers how it sorted them with gradients like
+    these. It keeps no tensor alive.
 
     In every call `grads` and `emas` are lists of equal length whose entries have equal shapes and devices. Gradients
     are float32, bfloat16, float16 or float64; averages float32, float64, or bfloat16 that is rounded stochastically.
@@ -165,9 +169,7 @@ class Passes:
     """
 
     def __init__(self) -> None:
-        self._emas: list[Tensor] = []
-        self._facts: list[list[Any]] = []
-        self._parts: list[_Part] = []
+        self._known: list[tuple[list[list[Any]], list[ReferenceType[Tensor]], list[_Part]]] = []
 
     def sums(self, grads: Sequence[Tensor], emas: Sequence[Tensor]) -> Tensor:
         """`<e, b>, <e, e>, <b, b>` of each entry, `[entries, 3]` in float64 on the first entry's device."""
@@ -244,13 +246,14 @@ class Passes:
                 state.encode_(values)
 
     def _sorted(self, grads: Sequence[Tensor], emas: Sequence[Tensor]) -> list[_Part]:
-        """The parts of the lists; those of the last call if nothing has changed that they follow from."""
+        """The parts of the lists, sorted anew only where they are not the averages and gradients like those before."""
         facts = [list(map(fact, grads)) for fact in _FACTS]
-        same = len(emas) == len(self._emas) and all(map(is_, emas, self._emas))
-        if not same or facts != self._facts:
-            self._parts = _parts(grads, emas)
-            self._emas, self._facts = list(emas), facts
-        return self._parts
+        for known, averages, parts in self._known:
+            if len(emas) == len(averages) and known == facts and all(map(is_, emas, map(call, averages))):
+                return parts
+        parts = _parts(grads, emas)
+        self._known = [(facts, [ref(e) for e in emas], parts), *self._known[: _KNOWN - 1]]
+        return parts
 
 
 def _parts(grads: Sequence[Tensor], emas: Sequence[Tensor]) -> list[_Part]:
