@@ -417,10 +417,10 @@ def surgery_rows(where: str, dtype: str) -> list[Row]:
 class Bench:
     """Weights and gradients that all rows of a table share, and how they are measured.
 
-    Only optimizers write to the weights and only a surgery to the gradients, and what the numbers are does not change a
-    step's time as long as they are normal ones, which is checked. `clip_grad_norm_` rescales the shared gradients; their
-    norm starts at twice `CLIP_TO`, stays at `CLIP_TO` from its first call on, and every row that clips does its whole
-    work.
+    Only optimizers write to the weights and only a surgery to the gradients. What the numbers are does not change a
+    step's time as long as they are normal ones, which is checked. `clip_grad_norm_` rescales the shared gradients;
+    their norm starts at twice `CLIP_TO`, stays at `CLIP_TO` from its first call on, and every row that clips does its
+    whole work.
     """
 
     params: Params
