@@ -162,11 +162,12 @@ def mixed(seed: int) -> tuple[list[Tensor], list[Tensor]]:
     b[1] = b[1].double()
     b[2] = torch.randn(5, 7, generator=torch.Generator().manual_seed(seed)).t()
     b[3], b[4] = b[3].bfloat16(), b[4].half()
-    e = [torch.ones_like(x, dtype=x.dtype if x.dtype == torch.float64 else torch.float32) for x in b]
+    b += [torch.tensor(2.0), torch.ones(5, 7)]
+    generator = torch.Generator().manual_seed(seed + 1)
+    e = [torch.randn(x.shape, generator=generator, dtype=x.dtype if x.dtype == torch.float64 else None) for x in b]
     e[4] = e[4].bfloat16()
-    e[5] = torch.ones(70001, 1).t()
-    b.append(torch.tensor(2.0))
-    e.append(torch.ones(2, 1)[1, 0])
+    e[6] = torch.ones(2, 1)[1, 0]
+    e[7] = e[7].t().contiguous().t()
     return b, e
 
 
@@ -186,6 +187,31 @@ def test_lists_of_all_kinds_are_done_entry_by_entry():
     for found, expected in zip([*b, *e], [*alone_b, *alone_e], strict=True):
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected)
+    for x, y, old_x, old_y in zip(b, e, *mixed(1), strict=True):
+        rounding = {torch.float32: 1e-6, torch.float64: 1e-14}
+        exact = (old_x.double() - 0.5 * old_y.double(), 0.9 * old_y.double())
+        for found, truth in zip((x, y), exact, strict=True):
+            tolerance = max(rounding.get(dtype, 1e-2) for dtype in {found.dtype, y.dtype})
+            assert (found.double() - truth).norm() <= tolerance * truth.norm()
+
+
+def test_tensor_subclasses_and_what_kernels_do_not_read_are_left_to_plain_torch():
+    class Own(Tensor):
+        pass
+
+    plain, own, e = torch.ones(5, 7), torch.ones(5, 7).as_subclass(Own), torch.ones(5, 7)
+    fused = cpu.available()[0]
+    across = e.t().contiguous().t()
+    for b, average, expected in (
+        (plain, e, fused), (own, e, False), (plain, e.as_subclass(Own), False), (plain, across, False),
+        (plain.t(), e.t(), False), (plain, e.double(), False), (plain.half(), e.bfloat16(), fused),
+    ):  # fmt: skip
+        (part,) = passes._parts([b], [average])
+        assert part.fused == expected
+    many = Passes()
+    for b in (plain, own):  # alike but for their class
+        many.sums([b], [e])
+    assert [parts[0].fused for *_, parts in many._known] == [False, fused]
 
 
 def test_skip_writes_nothing(path):
