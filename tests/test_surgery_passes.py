@@ -151,6 +151,10 @@ def test_kernels_and_plain_torch_round_by_the_same_bits(monkeypatch):
 def test_averages_in_bfloat16_want_seeds():
     with pytest.raises(InputError, match="seeds is None, but there are averages in bfloat16; give one float64 seed"):
         Passes().absorb([torch.ones(3)], [torch.ones(3, dtype=torch.bfloat16)], 1.0, 0.1)
+    e = [torch.ones(3), torch.ones(3, dtype=torch.bfloat16)]
+    with pytest.raises(InputError, match="seeds is None"):
+        Passes().absorb([torch.ones(3), torch.ones(3)], e, 1.0, 0.1)
+    assert e[0].eq(1).all(), "nothing is written before all is known to be there"
 
 
 # ---- mixed lists ----------------------------------------------------------------------------------------------------

@@ -125,19 +125,19 @@ class _Part:
 
     Attributes:
         places: which they are.
-        all: whether they are all entries, in order.
+        whole: whether they are all entries, in order.
         fused: whether kernels take them.
         device: where they lie.
     """
 
     places: tuple[int, ...]
-    all: bool
+    whole: bool
     fused: bool
     device: torch.device
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Its entries of a list."""
-        if self.all:
+        if self.whole:
             return list(tensors)
         return [tensors[self.places[0]]] if len(self.places) == 1 else list(itemgetter(*self.places)(tensors))
 
@@ -150,9 +150,10 @@ class Passes:
 
     In every call `grads` and `emas` are lists of equal length whose entries have equal shapes and devices. Gradients
     are float32, bfloat16, float16 or float64; averages float32, float64, or bfloat16 that is rounded stochastically.
-    The latter need `seeds`: float64, one per entry, new ones in every step (`hf_momentum.kernels.seeds`). Numbers are
-    floats or 0-dim tensors, and these are not read back to the host. Where `skip`, 0-dim, is not 0 nothing is written;
-    the host waits for it only if there are entries that kernels do not take.
+    The latter need `seeds`: float64, one per entry, new ones in every step (`hf_momentum.kernels.seeds`), and on the
+    entries' device, since the host waits for a copy. Numbers are floats or 0-dim tensors, and these are not read back
+    to the host. Where `skip`, 0-dim, is not 0 nothing is written; the host waits for it only if there are entries that
+    kernels do not take.
 
     Raises:
         InputError: an average has another dtype, or not its gradient's shape or device, or wants a seed.
@@ -180,11 +181,11 @@ class Passes:
         for part in parts:
             b, e = part.of(grads), part.of(emas)
             if part.fused:
-                seeds = torch.zeros(len(e), dtype=torch.float64)  # not used: nothing is rounded
+                seeds = torch.zeros(len(e), dtype=torch.float64, device=part.device)  # nothing is rounded
                 found.append(rule(alignment_sums)(Gradients(b, b), _state(e, seeds)))
             else:
                 found.append(alignment_sums(e, b))
-        if parts[0].all:
+        if parts[0].whole:
             return found[0]
         table = torch.zeros(len(grads), 3, dtype=sum_dtype(grads[0].device), device=grads[0].device)
         rows = table.unbind()
@@ -232,15 +233,14 @@ class Passes:
         parts = self._sorted(grads, emas)
         if skip is not None and not all(part.fused for part in parts) and bool(skip):
             return
-        for part in parts:
-            b, e = part.of(grads), part.of(emas)
-            own = [x.to(part.device) if isinstance(x, Tensor) else x for x in numbers]
-            state = _state(e, _seeds_of(part, e, seeds))
+        states = [_state(e, _seeds_of(part, e, seeds)) for part in parts for e in [part.of(emas)]]
+        for part, state in zip(parts, states, strict=True):
+            b, own = part.of(grads), [x.to(part.device) if isinstance(x, Tensor) else x for x in numbers]
             if part.fused:
                 how = How(skip=None if skip is None else skip.to(part.device))
                 rule(function)(b, state, *own, how=how)
                 continue
-            values = state.decoded() if isinstance(state, Reduced) else e
+            values = state.decoded() if isinstance(state, Reduced) else state
             function(b, values, *own)
             if isinstance(state, Reduced):
                 state.encode_(values)
@@ -294,7 +294,7 @@ def _state(e: list[Tensor], seeds: Tensor | None) -> State:
 
 
 def _seeds_of(part: _Part, e: list[Tensor], seeds: Tensor | None) -> Tensor | None:
-    if seeds is None or part.all or e[0].dtype != torch.bfloat16:
+    if seeds is None or part.whole or e[0].dtype != torch.bfloat16:
         return seeds
     rows = seeds.unbind()  # an index would be copied to the device and waited for
     return torch.stack([rows[i] for i in part.places]).to(part.device)
