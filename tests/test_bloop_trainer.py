@@ -14,6 +14,7 @@ from hf_momentum.training import load_recipe
 from hf_momentum.training.auxiliary import GlobalOrder
 from hf_momentum.training.job import train
 from tests.sharded_job import auxiliary_examples, examples, model_of
+from tests.test_foreign_scripts import tiny_llama
 
 MAIN = examples("even")
 AUXILIARY = auxiliary_examples("even", 0)
@@ -141,12 +142,15 @@ def test_a_second_loss_on_the_main_batch(tmp_path):
             return small_logits(model, inputs)
 
     fields = {"gradient_accumulation_steps": 2}
-    one = trainer_of(tmp_path / "a", auxiliary=None, options={"aux_loss_func": small_logits}, **fields)
-    two = trainer_of(tmp_path / "b", auxiliary=None, kind=Small, **fields)
+    bloop = {"lam": 50.0}
+    one = trainer_of(tmp_path / "a", bloop, None, options={"aux_loss_func": small_logits}, **fields)
+    two = trainer_of(tmp_path / "b", bloop, None, kind=Small, **fields)
     one.train(), two.train()
     assert torch.equal(weights(one), weights(two))
-    rows = [row for row in one.state.log_history if "loss" in row]
-    assert rows[-1]["aux_loss"] < rows[0]["aux_loss"]
+    without = trainer_of(tmp_path / "c", {"lam": 0.0}, auxiliary=None, options={"aux_loss_func": small_logits}, **fields)
+    without.train()
+    batch = one._prepare_inputs(one.data_collator(MAIN))
+    assert small_logits(one.model, batch) < small_logits(without.model, batch)
 
 
 @pytest.mark.parametrize("kind", ["l2", "distance"])
@@ -222,26 +226,12 @@ def poisoned(trainer: BloopTrainer, objective: int, step: int) -> None:
 
 @pytest.mark.parametrize("objective", [0, 1])
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_move(tmp_path, objective):
-    trainer, short = trainer_of(tmp_path / "a"), trainer_of(tmp_path / "b", max_steps=6)
+    trainer, seen = trainer_of(tmp_path), []
     poisoned(trainer, objective, step=3)
+    trainer._callback.on_step_end = lambda *args, **kwargs: seen.append(weights(trainer).clone())
     with pytest.raises(TrainingStopped, match="is not finite at step 4; the step was not taken"):
         trainer.train()
-    poisoned(short, 2, step=3)
-    short.args.max_steps = 6
-
-    class Stop(Exception):
-        pass
-
-    def stop(*_):
-        if short.state.global_step == 3:
-            raise Stop
-
-    short._before_main = stop
-    original = type(short)._before_main
-    short._before_main = lambda: (stop(), original(short))
-    with pytest.raises(Stop):
-        short.train()
-    assert torch.equal(weights(trainer), weights(short))
+    assert len(seen) == 3 and torch.equal(weights(trainer), seen[-1])
 
 
 @pytest.mark.parametrize("objective", [0, 1])
@@ -368,40 +358,25 @@ def test_trl_trainers_take_the_mix_in(tmp_path):
         "bf16": False, "gradient_checkpointing": False, "save_strategy": "no", "optim": "tam", "learning_rate": 0.01,
         "disable_tqdm": True,
     }  # fmt: skip
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    def model():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
-            )
-        )
-
+    model = str(tiny_llama(tmp_path / "model"))
     text = datasets.Dataset.from_dict({"text": [f"line {i} of the text" for i in range(8)]})
     other = datasets.Dataset.from_dict({"text": [f"{i} {i} {i}" for i in range(5)]})
     sft = BloopSFTTrainer(
-        model(), args=SFTConfig(output_dir=str(tmp_path / "sft"), **common), train_dataset=text,
+        model, args=SFTConfig(output_dir=str(tmp_path / "sft"), **common), train_dataset=text,
         processing_class=byte_tokenizer(128), aux_train_dataset=other, bloop=BloopArguments(lam=0.5),
     )  # fmt: skip
     sft.train()
     rows = [row for row in sft.state.log_history if "loss" in row]
     assert len(rows) == 3 and all("aux_loss" in row and "mean_token_accuracy" in row for row in rows)
 
-    pairs = {
-        "prompt": ["say "] * 6,
-        "chosen": [f"yes {i}" for i in range(6)],
-        "rejected": [f"no {i}" for i in range(6)],
-    }
-    swapped = {
-        "prompt": ["tell "] * 4,
-        "chosen": [f"a {i}" for i in range(4)],
-        "rejected": [f"b {i}" for i in range(4)],
-    }
+    def pairs(prompt: str, count: int) -> datasets.Dataset:
+        answers = {kind: [f"{kind} {i}" for i in range(count)] for kind in ("chosen", "rejected")}
+        return datasets.Dataset.from_dict({"prompt": [prompt] * count, **answers})
+
     dpo = BloopDPOTrainer(
-        model(), args=DPOConfig(output_dir=str(tmp_path / "dpo"), **common),
-        train_dataset=datasets.Dataset.from_dict(pairs), processing_class=byte_tokenizer(128),
-        aux_train_dataset=datasets.Dataset.from_dict(swapped), bloop=BloopArguments(lam=0.5),
+        model, args=DPOConfig(output_dir=str(tmp_path / "dpo"), **common),
+        train_dataset=pairs("say ", 6), processing_class=byte_tokenizer(128),
+        aux_train_dataset=pairs("tell ", 4), bloop=BloopArguments(lam=0.5),
     )  # fmt: skip
     dpo.train()
     rows = [row for row in dpo.state.log_history if "loss" in row]

@@ -277,9 +277,9 @@ class Bloop:
     def _seeds(self, pieces: Sequence[GradientPiece], j: int) -> Tensor | None:
         if self.settings.dtype != torch.bfloat16:
             return None
-        rows = [piece.row for piece in pieces]
-        times = torch.full((max(rows) + 1,), float(self._time), dtype=torch.float64)
-        return seeds(times, j << 20)[rows]
+        rows, device = [piece.row for piece in pieces], pieces[0].grad.device
+        times = torch.full((max(rows) + 1,), float(self._time), dtype=torch.float64, device=device)
+        return seeds(times, j << 20)[torch.tensor(rows, device=device)]
 
     # ---- what is known of the noise, and what is reported ----------------------------------------------------------
 
