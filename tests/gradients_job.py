@@ -319,10 +319,10 @@ def dropped(run: Run, t: int) -> None:
 
 
 def boundary_later(run: Run, t: int) -> None:
-    """Nothing is declared a boundary before `settle`, or everything is: the weights say whether it counted once."""
-    a, b = run.truth.gradient("auxiliary", t), run.truth.gradient("main", t)
+    """No pass is declared a boundary; for wrappers that reduce all the same."""
     if run.gradients.boundary:
         return
+    a, b = run.truth.gradient("auxiliary", t), run.truth.gradient("main", t)
     run.gradients.drop()
     run.backward("auxiliary", t)
     run.gradients.keep()

@@ -79,7 +79,14 @@ LAUNCHES = {
     "ZeRO-1, options": Launch("zero1", 2, *PARTITION, SCALED + OPTIONS + FP16),
     "ZeRO-2, options": Launch("zero2", 2, *PARTITION, SCALED + OPTIONS + FP16 + HALF),
     "ZeRO-3, options": Launch("zero3", 2, *PARTITIONED, SCALED + FP16 + HALF),
-    "ZeRO-1, bf16, float32 accumulation": Launch("zero1", 2, *ZERO12, "BF16Gradients", HALF),
+    "ZeRO-1, bf16, float32 accumulation": Launch(
+        "zero1",
+        2,
+        *ZERO12,
+        "BF16Gradients",
+        HALF,
+        [HALF[0] | fault("keep", "auxiliary_first"), HALF[0] | fault("settle", "auxiliary_first")],
+    ),
     "ZeRO-2 offload": Launch(
         "zero2_offload",
         2,
