@@ -147,7 +147,9 @@ def test_a_second_loss_on_the_main_batch(tmp_path):
     two = trainer_of(tmp_path / "b", bloop, None, kind=Small, **fields)
     one.train(), two.train()
     assert torch.equal(weights(one), weights(two))
-    without = trainer_of(tmp_path / "c", {"lam": 0.0}, auxiliary=None, options={"aux_loss_func": small_logits}, **fields)
+    without = trainer_of(
+        tmp_path / "c", {"lam": 0.0}, auxiliary=None, options={"aux_loss_func": small_logits}, **fields
+    )
     without.train()
     batch = one._prepare_inputs(one.data_collator(MAIN))
     assert small_logits(one.model, batch) < small_logits(without.model, batch)
