@@ -8,6 +8,7 @@ import gc
 import hashlib
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import shlex
@@ -23,6 +24,7 @@ from typing import Any, get_args, get_type_hints
 import datasets
 import torch
 from transformers import PrinterCallback
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from hf_momentum.errors import InputError, TrainingStopped
 from hf_momentum.evaluation import metrics_of
@@ -295,7 +297,7 @@ def run_point(made: Plan, point: Point) -> Record:
     losses: dict[str, float] = {}
     status, message = "finished", ""
     try:
-        with _quiet_data():
+        with _quiet():
             losses = _losses(made, point)
         unusable = [name for name, loss in losses.items() if not math.isfinite(loss)]
         if unusable:
@@ -329,15 +331,21 @@ def _losses(made: Plan, point: Point) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _quiet_data() -> Iterator[None]:
-    """Without a progress bar for every split of every run."""
-    shown = datasets.utils.are_progress_bars_enabled()
+def _quiet() -> Iterator[None]:
+    """Without a progress bar for every file and split of every run, and without the same notes again; warnings stay."""
+    logger = logging.getLogger("hf_momentum")
+    level, data, weights = logger.level, datasets.are_progress_bars_disabled(), is_progress_bar_enabled()
+    logger.setLevel(logging.WARNING)
     datasets.disable_progress_bars()
+    disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        logger.setLevel(level)
+        if not data:
             datasets.enable_progress_bars()
+        if weights:
+            enable_progress_bar()
 
 
 # ---- the record of runs ----------------------------------------------------------------------------------------------
