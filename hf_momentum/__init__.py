@@ -33,7 +33,14 @@ from hf_momentum.optim import (
 )
 
 if TYPE_CHECKING:
-    from hf_momentum.training import MomentumTrainer, MomentumTrainingArguments
+    from hf_momentum.surgery import Bloop
+    from hf_momentum.training import (
+        BloopArguments,
+        BloopMixin,
+        BloopTrainer,
+        MomentumTrainer,
+        MomentumTrainingArguments,
+    )
 
 __version__ = _version("hf-momentum")
 
@@ -45,6 +52,10 @@ __all__ = [
     "AHBAdamW",
     "AdaTAM",
     "AdaTAMW",
+    "Bloop",
+    "BloopArguments",
+    "BloopMixin",
+    "BloopTrainer",
     "CriticalAdamW",
     "CriticalSGD",
     "InputError",
@@ -62,8 +73,12 @@ _deepspeed_hook.install()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "Bloop":
+        from hf_momentum.surgery import Bloop
+
+        return Bloop
     # These need transformers, which `import hf_momentum` must not load.
-    if name in ("MomentumTrainer", "MomentumTrainingArguments"):
+    if name in ("BloopArguments", "BloopMixin", "BloopTrainer", "MomentumTrainer", "MomentumTrainingArguments"):
         import hf_momentum.training
 
         return getattr(hf_momentum.training, name)

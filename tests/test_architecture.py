@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "cli": {"training", "evaluation", "diagnosis", "integrations", "run", "launch"},
     "run": {"integrations"},
     "__main__": {"cli"},
-    "__init__": {"optim", "integrations", "training"},
+    "__init__": {"optim", "surgery", "integrations", "training"},
 }
 
 

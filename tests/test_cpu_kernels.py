@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_momentum.integrations.registry import OPTIMIZERS
-from hf_momentum.kernels import Gradients, cpu, rule, rules
+from hf_momentum.kernels import Gradients, How, Reduced, cpu, rule, rules
 from hf_momentum.optim import TAM, AdaTAM, VRAdam
 from hf_momentum.optim.adam import adam_update_
 from hf_momentum.optim.ahb import ahb_sgd_update_
@@ -197,6 +197,116 @@ def test_halves_of_vradam_are_the_pure_functions(dtype):
     exact = [[x.double() for x in xs] for xs in (g, m)]
     rows = advance_momentum_(*exact, momentum=0.9)
     assert torch.allclose(rules.advance_momentum_(Gradients(g, g), m, momentum=0.9), rows, rtol=2e-6)
+
+
+# ---- surgery --------------------------------------------------------------------------------------------------------
+
+
+def numbers_of(scope: str, *values: float) -> list[Tensor]:
+    """0-dim, or one per tensor around the value."""
+    whole = [torch.tensor(value, dtype=torch.float64) for value in values]
+    return whole if scope == "global" else [value * per_tensor(0.8, 1.3) for value in whole]
+
+
+def state_of(pieces: list[Tensor], kept: torch.dtype, seeds: Tensor) -> list[Tensor] | Reduced:
+    return pieces if kept == torch.float32 else Reduced(pieces, [x.shape for x in pieces], seeds)
+
+
+STATE_SEEDS = torch.arange(N, dtype=torch.float64) * 2**27 + 11
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_projections_are_those_of_float64_and_lend_what_is_stored(dtype, scope):
+    (flat_b, b), (flat_e, e) = fragments(1, dtype), fragments(2)
+    before, versions = (gaps(flat_b), gaps(flat_e)), [x._version for x in b]
+    old_b, old_e = [x.double() for x in b], [x.double() for x in e]
+    coefficient, keep, lend = numbers_of(scope, -0.7, 0.75, 0.2)
+    rules.project_and_lend_(b, e, coefficient, keep, lend)
+    each = zip(*(x.expand(N) for x in (coefficient, keep, lend)), strict=True)
+    for x, y, was_b, was_e, (c, k, r) in zip(b, e, old_b, old_e, each, strict=True):
+        assert close([x], [was_b - c * was_e], ROUNDING[dtype])
+        assert close([y], [k * was_e - r * x.double()], 3e-7)
+    assert torch.equal(gaps(flat_b), before[0])
+    assert torch.equal(gaps(flat_e), before[1])
+    assert all(x._version > old for x, old in zip(b, versions, strict=True))
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_absorbed_is_that_of_float64(dtype, scope):
+    (flat_b, b), (flat_e, e) = fragments(1, dtype), fragments(2)
+    before, old_b, old_e = gaps(flat_e), flat_b.clone(), [x.double() for x in e]
+    keep, rate = numbers_of(scope, 0.75, 0.2)
+    rules.absorb_(b, e, keep, rate)
+    exact = [k * y + r * x.double() for x, y, k, r in zip(b, old_e, keep.expand(N), rate.expand(N), strict=True)]
+    assert close(e, exact, 3e-7)
+    assert torch.equal(gaps(flat_e), before)
+    assert torch.equal(flat_b, old_b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_averages_in_bfloat16_are_rounded_as_rounding_py_does(dtype):
+    def after(run) -> list[Tensor]:
+        (_, b), (_, e) = fragments(1, dtype), fragments(2, torch.bfloat16)
+        run(b, Reduced(e, [x.shape for x in e], STATE_SEEDS))
+        return [*b, *e]
+
+    def in_torch(b, e) -> None:
+        values = e.decoded()
+        for x, y in zip(b, values, strict=True):
+            x.copy_(torch.addcmul(x.double(), y.double(), torch.tensor(-0.6).double()))
+            y.copy_(0.9 * y.double() - 0.3 * x.double())
+        e.encode_(values)
+
+    found, expected = after(lambda b, e: rules.project_and_lend_(b, e, 0.6, 0.9, 0.3)), after(in_torch)
+    differ = sum((x != y).sum().item() for x, y in zip(found, expected, strict=True))
+    assert differ <= 1e-3 * sum(SIZES), "only where float32's last bit decides"
+    nearest = after(
+        lambda b, e: [
+            y.copy_(y.float() * 0.9 - 0.3 * (x.float() - 0.6 * y.float())) for x, y in zip(b, e.parts, strict=True)
+        ]
+    )
+    assert sum((x != y).sum().item() for x, y in zip(found[N:], nearest[N:], strict=True)) > 0.2 * sum(SIZES)
+
+
+def test_one_thread_and_two_project_alike(threads):
+    results = []
+    for number in (1, 2):
+        threads(number)
+        for kept in (torch.float32, torch.bfloat16):
+            (flat_b, b), (flat_e, e) = fragments(1), fragments(2, kept)
+            state = state_of(e, kept, STATE_SEEDS)
+            rules.project_and_lend_(b, state, *numbers_of("tensor", 0.7, 0.9, 0.1))
+            rules.absorb_(b, state, *numbers_of("tensor", 0.9, 0.1))
+            results.append(torch.cat([flat_b, flat_e.float()]))
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[3])
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_stay_where_they_are_in_projections(bad, dtype, kept):
+    for broken in (0, 1):
+        lists = torch.ones(200, dtype=dtype), torch.ones(200, dtype=kept)
+        lists[broken][157] = bad
+        state = state_of([lists[1]], kept, STATE_SEEDS[:1])
+        rules.project_and_lend_([lists[0]], state, 0.5, 0.9, 0.1)
+        assert all((~x.isfinite()).nonzero().tolist() == [[157]] for x in lists)
+        lists[1].fill_(1.0)
+        rules.absorb_([lists[0]], state, 1.0, 0.1)
+        assert (~lists[1].isfinite()).nonzero().tolist() == [[157]]
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=str)
+def test_a_skipped_projection_writes_nothing(kept):
+    for skip, same in ((torch.tensor(1.0), True), (torch.tensor(0.0), False)):
+        (flat_b, b), (flat_e, e) = fragments(1), fragments(2, kept)
+        before, state = torch.cat([flat_b, flat_e.float()]), state_of(e, kept, STATE_SEEDS)
+        rules.project_and_lend_(b, state, 0.5, 0.9, 0.1, how=How(skip=skip))
+        rules.absorb_(b, state, 0.9, 0.1, how=How(skip=skip))
+        assert torch.equal(torch.cat([flat_b, flat_e.float()]), before) == same
 
 
 # ---- storage --------------------------------------------------------------------------------------------------------

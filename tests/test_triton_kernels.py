@@ -66,6 +66,8 @@ COMPILED = {
     "momentum_step": ("UPDATE", "STEP", 0, ("float32", None, None), 10, 7),
     "momentum_advance": ("UPDATE", "ADVANCE", 1, ("float32", None, None), 6, 5),
     "momentum_apply": ("UPDATE", "APPLY", 0, ("float32", None, None), 6, 4),
+    "momentum_project": ("PROJECT", "STEP", 0, ("float32", None, None), 8, 6),
+    "momentum_project in bfloat16": ("PROJECT", "STEP", 0, ("bfloat16", None, None), 6, 4),
     "adam_step": ("UPDATE", "STEP", 0, ("float32", "float32", None), 14, 11),
     "adam_advance": ("UPDATE", "ADVANCE", 2, ("float32", "float32", None), 10, 9),
     "adam_apply": ("UPDATE", "APPLY", 0, ("float32", "float32", None), 8, 6),

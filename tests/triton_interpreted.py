@@ -33,6 +33,7 @@ WIDTHS = {
     "momentum_step": 0,
     "momentum_advance": 1,
     "momentum_apply": 0,
+    "momentum_project": 0,
     "adam_step": 0,
     "adam_advance": 2,
     "adam_apply": 0,
@@ -83,7 +84,7 @@ def work_for(kernel: str, dtype=torch.float32, odd=True, each=True, **fields) ->
     lists |= {"shrink": per_tensor(0.9, 1.0), "unbias": per_tensor(1, 3)}
     signs = {"sign": -1.0, "decay": 0.1, "factor": torch.tensor(0.7)} if each else {}
     given = {
-        "grads": None if kernel.endswith("apply") else Gradients(g, w, **signs),
+        "grads": None if kernel.endswith(("apply", "project")) else Gradients(g, w, **signs),
         "weights": None if sums else w,
         "first": m,
         "squares": v if adam or kernel == "squared_changes" else None,
@@ -120,6 +121,10 @@ def exact(kernel: str, work: Work, t: int, x: dict[str, Tensor]) -> tuple[dict[s
     m = x["first"]
     if kernel in ("alignment_sums", "squared_norms"):
         return {}, [m @ g, m @ m, g @ g] if kernel == "alignment_sums" else [g @ g]
+    if kernel == "momentum_project":
+        w = x["weights"] - number("rate") * m
+        stored = w.to(work.weights[t].dtype).to(w)
+        return {"weights": w, "first": number("keep") * m + number("enter") * stored}, []
     if kernel == "squared_changes":
         change, step = g - x["previous"], m
         if work.squares is not None:

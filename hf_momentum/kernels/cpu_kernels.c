@@ -367,6 +367,21 @@ int momentum_step(const struct work *w) { return run(w, momentum_step_rule, 0); 
 int momentum_advance(const struct work *w) { return run(w, momentum_advance_rule, 1); } /* sums: |m|^2 */
 int momentum_apply(const struct work *w) { return run(w, momentum_apply_rule, 0); }
 
+/* ---- surgery: w = w - rate m with the old m; m = keep m + enter w, with w as it is stored -------------------------- */
+
+INLINE void project(PARAMETERS, const int kind) {
+    void *restrict weight = at(w->weights[t], begin, kind);
+    const float keep = (float)w->keep[t], enter = (float)w->enter[t], rate = (float)w->rate[t];
+    #pragma omp simd
+    for (i64 i = 0; i < count; i++) {
+        float a = m[i];
+        store(weight, i, load(weight, i, kind) - rate * a, kind);
+        m[i] = keep * a + enter * load(weight, i, kind);
+    }
+}
+RULE(momentum_project_rule) { BY_KIND(w, project(ARGUMENTS, KIND)) }
+int momentum_project(const struct work *w) { return run(w, momentum_project_rule, 0); }
+
 /* ---- Adam's form: v = beta2 v + (1 - beta2) g^2 too; w = shrink w - rate m / (sqrt(v) unbias + eps) --------------- */
 
 INLINE void adam(PARAMETERS, const int kind, const int coupled, const int phase) {

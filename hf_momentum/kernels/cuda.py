@@ -59,6 +59,7 @@ _KERNELS = {
     "momentum_step": _Kernel("UPDATE", "STEP", ("sign", "keep", "enter", "rate", "shrink")),
     "momentum_advance": _Kernel("UPDATE", "ADVANCE", ("sign", "keep", "enter")),
     "momentum_apply": _Kernel("UPDATE", "APPLY", ("rate", "shrink")),
+    "momentum_project": _Kernel("PROJECT", "STEP", ("keep", "enter", "rate")),
     "adam_step": _Kernel("UPDATE", "STEP", ("sign", "keep", "enter", "rate", "shrink", "unbias")),
     "adam_advance": _Kernel("UPDATE", "ADVANCE", ("sign", "keep", "enter", "rate", "unbias")),
     "adam_apply": _Kernel("UPDATE", "APPLY", ("rate", "shrink", "unbias")),

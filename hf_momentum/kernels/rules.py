@@ -151,6 +151,31 @@ def vr_update_(
     launch("momentum_apply", work, 0)
 
 
+# ---- surgery --------------------------------------------------------------------------------------------------------
+
+
+def project_and_lend_(
+    grads: Sequence[Tensor],
+    emas: State,
+    coefficient: Tensor | float,
+    keep: Tensor | float,
+    lend: Tensor | float,
+    *,
+    how: How = PLAIN,
+) -> None:
+    """`hf_momentum.surgery.passes.project_and_lend_` in one pass; the gradients are what is written."""
+    work = Work(weights=grads, first=emas, keep=keep, enter=-lend, rate=coefficient, **vars(how))
+    launch("momentum_project", work, 0)
+
+
+def absorb_(
+    grads: Sequence[Tensor], emas: State, keep: Tensor | float, rate: Tensor | float, *, how: How = PLAIN
+) -> None:
+    """`hf_momentum.surgery.passes.absorb_` in one pass; its sum is left."""
+    work = Work(grads=Gradients(grads, grads), first=emas, keep=keep, enter=rate, **vars(how))
+    launch("momentum_advance", work, 1)
+
+
 # ---- Adam's form ----------------------------------------------------------------------------------------------------
 
 
@@ -318,6 +343,8 @@ _RULES: dict[str, Callable[..., Any]] = {
         critical_sgd_update_,
         advance_momentum_,
         vr_update_,
+        project_and_lend_,
+        absorb_,
         adatam_update_,
         adam_update_,
         vradam_step_,

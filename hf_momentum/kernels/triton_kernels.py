@@ -36,8 +36,8 @@ KINDS = {
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether the kernels of this process are interpreted, on CPU tensors."""
 
-NORM, ALIGNMENT, CHANGE, UPDATE = (tl.constexpr(i) for i in range(4))
-"""Values of `RULE`: three that form sums of what is there, and the update of state and weights."""
+NORM, ALIGNMENT, CHANGE, UPDATE, PROJECT = (tl.constexpr(i) for i in range(5))
+"""Values of `RULE`: three that form sums of what is there, the update of state and weights, and a projection."""
 
 STEP, ADVANCE, APPLY = (tl.constexpr(i) for i in range(3))
 """Values of `PHASE` of an update: both halves of it, or one of them."""
@@ -350,6 +350,15 @@ def _updated(
 
 
 @triton.jit
+def _projected(at, n, tile, STATE: tl.constexpr):
+    """w = w - rate m with the old m; m = keep m + enter w, with w as it is stored."""
+    m = _read_first(at, tile, STATE)
+    w = (_read(at.weights, tile) - n.rate * m).to(at.weights.dtype.element_ty)
+    _write(at.weights, tile, w)
+    _write_first(at, tile, n.keep * m + n.enter * w.to(tl.float32), _random_bits(n.state_seed, tile.place), STATE)
+
+
+@triton.jit
 def _worked(
     at, n, sums, begin, j, count, RULE: tl.constexpr, PHASE: tl.constexpr, FORM: tl.constexpr, STATE: tl.constexpr,
     SQUARES: tl.constexpr, COUPLED: tl.constexpr, SEEDED: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr,
@@ -360,6 +369,9 @@ def _worked(
     tile = _Tile(i, begin + i, None if FULL else i < count, k, k * _BLOCK < count)
     if RULE == UPDATE:
         return _updated(at, n, tile, sums, PHASE, FORM, STATE, SQUARES, COUPLED, SEEDED)
+    elif RULE == PROJECT:
+        _projected(at, n, tile, STATE)
+        return sums
     else:
         return _summed(at, n, tile, sums, RULE, FORM, STATE, SQUARES, COUPLED)
 

@@ -1,13 +1,13 @@
 """The reduced gradient between backward and step: where it lies, and how two of them become one.
 
-Gradient surgery needs gradients of two losses, each already averaged over all processes, and inner products of them over
-the whole model. Nothing is gathered: every process works on the pieces that it will step with, and one all-reduce of a
-few numbers makes inner products whole.
+Gradient surgery needs gradients of two losses, each already averaged over all processes, and inner products of them
+over the whole model. Nothing is gathered: every process works on the pieces that it will step with, and one all-reduce
+of a few numbers makes inner products whole.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +41,10 @@ class GradientPiece:
 class ReducedGradients(Protocol):
     """What every way to keep gradients offers.
 
+    One accumulation goes so: `drop`; backward passes over one loss; `pieces`, which may be overwritten; `keep`, and
+    backward passes over another loss, which add to what is there, or `take`, after which they begin from nothing; and
+    so on; `settle`; the optimizer's step. Nothing here holds a gradient of its own between the calls.
+
     Attributes:
         layout: how the tensors lie.
         boundary: whether an auxiliary loss's last backward pass must be declared the end of an accumulation, for its
@@ -54,26 +58,31 @@ class ReducedGradients(Protocol):
         """What the gradients are multiplied by at present, against underflow; 1 where there is no such thing."""
 
     def pieces(self, needed: Callable[[Tensor], bool]) -> list[GradientPiece]:
-        """Every piece that has a gradient; one of zeros is made for a holder that is `needed` and has none."""
+        """Every piece that has a gradient; one of zeros is made for a holder that is `needed` and has none.
+
+        Frozen tensors have none. ZeRO keeps a gradient for every other tensor; zeros where no loss reached it.
+        """
 
     def keep(self) -> None:
         """Let the next backward pass add to what is in the buffers now."""
 
-    def take(self) -> Any:
+    def take(self, needed: Callable[[Tensor], bool]) -> list[GradientPiece]:
         """Take the gradient away, so that the next backward pass begins from nothing.
 
         Returns:
-            The gradient, for `give_back`.
+            What `pieces(needed)` would have given, out of reach of the wrapper. To put it back, write to or add to the
+            later `pieces`: the two lists have the same rows in the same order if `needed` is true of every holder.
         """
 
-    def give_back(self, taken: Any) -> None:
-        """Add a gradient that was taken away to what is in the buffers."""
-
     def settle(self) -> None:
-        """Tell the wrapper that the gradients are as they shall be at the step."""
+        """Tell the wrapper that the gradients are as they shall be at the step; to be called before every step."""
 
     def drop(self) -> None:
-        """Throw the gradients away; a step that follows changes nothing."""
+        """Throw the gradients away, so that the next backward pass begins from nothing; no step needs to follow.
+
+        To be called before the first backward pass of every accumulation too: after a step some wrappers still keep the
+        gradients of parameters that the next loss may not reach, and would add to them.
+        """
 
 
 def total(layout: Layout, pieces: Sequence[GradientPiece], sums: Tensor) -> Tensor:
@@ -130,7 +139,7 @@ class WholeGradients:
         found = []
         for row, (group, position, param) in enumerate(self._params()):
             if param.grad is None:
-                if not needed(param):
+                if not (param.requires_grad and needed(param)):
                     continue
                 param.grad = torch.zeros_like(param)
             require_like(param, param.grad)
@@ -141,22 +150,20 @@ class WholeGradients:
     def keep(self) -> None:
         """Nothing to do: autograd adds to `.grad`."""
 
-    def take(self) -> list[Tensor | None]:
-        """The gradients, which are gone from the tensors then."""
-        taken = [param.grad for _, _, param in self._params()]
-        for _, _, param in self._params():
-            param.grad = None
-        return taken
+    def take(self, needed: Callable[[Tensor], bool]) -> list[GradientPiece]:
+        """The pieces, whose gradients are gone from the tensors then.
 
-    def give_back(self, taken: Sequence[Tensor | None]) -> None:
-        """Add gradients that were taken away."""
-        for (_, _, param), grad in zip(self._params(), taken, strict=True):
-            if grad is None:
-                continue
-            if param.grad is None:
-                param.grad = grad
-            else:
-                param.grad += grad
+        Example:
+            >>> w = torch.nn.Parameter(torch.zeros(2))
+            >>> gradients = WholeGradients(torch.optim.SGD([w], lr=1.0))
+            >>> (w * torch.tensor([1.0, 2.0])).sum().backward()
+            >>> taken = gradients.take(lambda holder: True)
+            >>> taken[0].grad, w.grad
+            (tensor([1., 2.]), None)
+        """
+        taken = self.pieces(needed)
+        self.drop()
+        return taken
 
     def settle(self) -> None:
         """Nothing to do: the optimizer reads `.grad`."""

@@ -76,7 +76,7 @@ class ZeroPartitions:
                         "DeepSpeed began a new step before the last one was complete; its update is lost"
                     )
                 if id(tensor) not in self._pieces:
-                    self._pieces[id(tensor)] = tuple(self._pieces_of(group["index"], tensor))
+                    self._pieces[id(tensor)] = tuple(self.pieces_of(group["index"], tensor))
                 self._waiting[id(tensor)] = Holder(tensor, tensor.grad, self._pieces[id(tensor)])
         if len(self._waiting) < self._expected:
             return None
@@ -101,7 +101,23 @@ class ZeroPartitions:
         """The model's own parameters, by group."""
         return self._model
 
-    def _pieces_of(self, group: int, flat: Tensor) -> list[Piece]:
+    def place_of(self, param: Tensor) -> tuple[int, int]:
+        """Group and position of one of the model's own parameters among those that the user gave.
+
+        Raises:
+            UnsupportedLayoutError: it is none of them.
+        """
+        if id(param) not in self._place:
+            raise UnsupportedLayoutError("DeepSpeed's optimizer holds a parameter that was not given to it by the user")
+        return self._place[id(param)]
+
+    def pieces_of(self, group: int, flat: Tensor) -> list[Piece]:
+        """The pieces in one flat partition of this process.
+
+        Args:
+            group: the place of the partition's tensors among the groups that the user gave.
+            flat: the partition; under ZeRO-3 that of a sub-group.
+        """
         return self._zero3_pieces(flat) if self._zero3 else self._flat_pieces(group, flat)
 
     def _flat_pieces(self, group: int, flat: Tensor) -> list[Piece]:

@@ -170,6 +170,11 @@ class BloopArguments:
         default=None, metadata={"help": "Use only so many of each auxiliary dataset, drawn by data_seed."}
     )
 
+    def __post_init__(self) -> None:
+        """Take a single weight, and rho as a number, too."""
+        self.rho = str(self.rho)
+        self.lam = [self.lam] if isinstance(self.lam, int | float) else list(self.lam)
+
 
 @dataclass
 class MomentumTrainingArguments(TrainingArguments):

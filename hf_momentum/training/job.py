@@ -27,11 +27,13 @@ from hf_momentum.evaluation import (
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.training import corpus
 from hf_momentum.training.arguments import MomentumTrainingArguments
+from hf_momentum.training.bloop import BloopTrainer
 from hf_momentum.training.card import model_card
 from hf_momentum.training.checkpoints import check_checkpoint, find_checkpoint
 from hf_momentum.training.models import load_base, load_model
 from hf_momentum.training.processes import check_launch, layout
 from hf_momentum.training.recipe import Recipe
+from hf_momentum.training.replay import ReplayMixture
 from hf_momentum.training.sources import Loader, Split
 from hf_momentum.training.trainer import MomentumTrainer
 
@@ -57,10 +59,95 @@ class Outcome:
     is_main: bool
 
 
-def train(recipe: Recipe) -> Outcome:
-    """Run a recipe.
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run needs, loaded and ready to train.
+
+    Attributes:
+        trainer: with model and data.
+        train_split: the main training data.
+        splits: what it is measured on.
+        from_scratch: whether the base model was trained here, on bytes.
+        checkpoint: the folder that it continues from, if any.
+    """
+
+    trainer: MomentumTrainer
+    train_split: Split
+    splits: list[Split]
+    from_scratch: bool
+    checkpoint: str | None
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Load data and model of a recipe, and make its trainer.
 
     Everything that can be wrong with the input is looked at before the output folder is touched.
+
+    Raises:
+        InputError: data, model or checkpoint cannot be used as given.
+
+    Example:
+        >>> from hf_momentum.training import load_recipe
+        >>> recipe = load_recipe("quickstart", ["--max_steps", "2"])  # then: prepare(recipe).trainer.train()
+    """
+    training = recipe.training
+    state = training.distributed_state
+    checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir, speak=state.is_main_process)
+    if checkpoint is not None:
+        name = str(getattr(training.optim, "value", training.optim))
+        check_checkpoint(checkpoint, name, training.world_size, state.distributed_type.value)
+    data = recipe.data
+    if not (data.in_distribution or data.shifted or data.must_not_forget or data.auxiliary):
+        raise InputError(
+            "name at least one split to evaluate on: in_distribution, shifted, must_not_forget or auxiliary"
+        )
+    check_launch(state)
+    _check_saving(training)
+    training.label_names = ["labels"]
+    set_seed(training.seed)
+
+    base = load_base(recipe.model, data, training)
+    seed = training.data_seed or training.seed
+    loader = Loader(recipe.model.task, data, base.tokenizer, seed=seed)
+    train_split, validation, splits = loader.training(), loader.validation(), loader.evaluation()
+    auxiliaries = loader.auxiliaries(recipe.bloop.aux_dataset, recipe.bloop.max_aux_examples)
+    if validation is None and training.eval_strategy != "no":
+        raise InputError("eval_strategy needs a validation_dataset")
+    set_seed(training.seed)
+    model = load_model(base, recipe.model, recipe.peft, loader.classes)
+
+    statistics = _STATISTICS[recipe.model.task]
+    language = recipe.model.task == "causal_lm"
+    fields: dict[str, Any] = {
+        "train_dataset": train_split.examples,
+        "eval_dataset": validation.examples if validation else None,
+        "data_collator": default_data_collator if language else DataCollatorWithPadding(base.tokenizer),
+        "processing_class": base.tokenizer,
+        "compute_metrics": lambda output: {
+            name: float(metric(output.predictions.astype(np.float64).sum(0)))
+            for name, metric in metrics_of(recipe.model.task, 1.0).items()
+            if name == "accuracy"
+        },
+        "preprocess_logits_for_metrics": lambda logits, labels: statistics(
+            logits[0] if isinstance(logits, tuple) else logits, labels
+        ),
+    }
+    trainer: MomentumTrainer
+    if recipe.bloop.surgery == "replay" and auxiliaries:
+        # Mixed as the weighted sum of losses would be, in expectation and up to its scale.
+        share = recipe.bloop.lam[0] / (1 + recipe.bloop.lam[0])
+        fields["train_dataset"] = ReplayMixture(train_split.examples, auxiliaries[0].examples, share, seed)
+        trainer = MomentumTrainer(model, training, **fields)
+    elif auxiliaries or recipe.bloop.aux_loss is not None:
+        datasets = {split.name: split.examples for split in auxiliaries}
+        trainer = BloopTrainer(model, training, bloop=recipe.bloop, aux_train_dataset=datasets or None, **fields)
+    else:
+        trainer = MomentumTrainer(model, training, **fields)
+    return Prepared(trainer, train_split, splits, base.from_scratch, checkpoint)
+
+
+def train(recipe: Recipe) -> Outcome:
+    """Run a recipe.
 
     Raises:
         InputError: data, model or checkpoint cannot be used as given.
@@ -70,68 +157,31 @@ def train(recipe: Recipe) -> Outcome:
         >>> from hf_momentum.training import load_recipe
         >>> recipe = load_recipe("quickstart", ["--max_steps", "2"])  # then: train(recipe)
     """
-    training = recipe.training
-    state = training.distributed_state
-    checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir, speak=state.is_main_process)
-    if checkpoint is not None:
-        name = str(getattr(training.optim, "value", training.optim))
-        check_checkpoint(checkpoint, name, training.world_size, state.distributed_type.value)
-    if not (recipe.data.in_distribution or recipe.data.shifted or recipe.data.must_not_forget):
-        raise InputError("name at least one split to evaluate on: in_distribution, shifted or must_not_forget")
-    check_launch(state)
-    _check_saving(training)
-    training.label_names = ["labels"]
-    set_seed(training.seed)
-
-    base = load_base(recipe.model, recipe.data, training)
-    loader = Loader(recipe.model.task, recipe.data, base.tokenizer, seed=training.data_seed or training.seed)
-    train_split, validation, splits = loader.training(), loader.validation(), loader.evaluation()
-    if validation is None and training.eval_strategy != "no":
-        raise InputError("eval_strategy needs a validation_dataset")
-    set_seed(training.seed)
-    model = load_model(base, recipe.model, recipe.peft, loader.classes)
-
-    statistics = _STATISTICS[recipe.model.task]
-    language = recipe.model.task == "causal_lm"
-    trainer = MomentumTrainer(
-        model,
-        training,
-        train_dataset=train_split.examples,
-        eval_dataset=validation.examples if validation else None,
-        data_collator=default_data_collator if language else DataCollatorWithPadding(base.tokenizer),
-        processing_class=base.tokenizer,
-        compute_metrics=lambda output: {
-            name: float(metric(output.predictions.astype(np.float64).sum(0)))
-            for name, metric in metrics_of(recipe.model.task, 1.0).items()
-            if name == "accuracy"
-        },
-        preprocess_logits_for_metrics=lambda logits, labels: statistics(
-            logits[0] if isinstance(logits, tuple) else logits, labels
-        ),
-    )
+    training, prepared = recipe.training, prepare(recipe)
+    trainer, splits = prepared.trainer, prepared.splits
     started = time.perf_counter()
     before: list[np.ndarray] = []
 
     def measure_before() -> None:
-        before.extend(_measure(trainer, split, "before") for split in splits)
+        before.extend(measure(trainer, split, "before") for split in splits)
 
     if trainer.sharded:
         trainer.before_training = measure_before
     else:
         measure_before()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    after = [_measure(trainer, split, "after") for split in splits]
+    trainer.train(resume_from_checkpoint=prepared.checkpoint)
+    after = [measure(trainer, split, "after") for split in splits]
     seconds = time.perf_counter() - started
 
     trainer.save_model()
     results = [_result(recipe, *each) for each in zip(splits, before, after, strict=True)]
-    unit = "example" if not language else "byte" if base.from_scratch else "token"
+    unit = "example" if recipe.model.task != "causal_lm" else "byte" if prepared.from_scratch else "token"
     report = Report(
         title=_title(recipe),
         unit=unit,
         splits=results,
         history=trainer.state.log_history,
-        facts=_facts(recipe, trainer, train_split, seconds),
+        facts=_facts(recipe, trainer, prepared.train_split, seconds),
         recipe=recipe.to_yaml(),
         command=_command(recipe),
     )
@@ -139,7 +189,7 @@ def train(recipe: Recipe) -> Outcome:
     if trainer.is_world_process_zero():
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         report.write(folder)
-        base_model = None if base.from_scratch else recipe.model.model_name_or_path
+        base_model = None if prepared.from_scratch else recipe.model.model_name_or_path
         pictures = [str(path.relative_to(folder)) for path in sorted((folder / "plots").glob("*.png"))]
         trainer.card = model_card(report, base_model, recipe.peft.lora, _optimizer(recipe), pictures)
         trainer.create_model_card()
@@ -161,7 +211,7 @@ def _check_saving(training: MomentumTrainingArguments) -> None:
         )
 
 
-def _measure(trainer: MomentumTrainer, split: Split, when: str) -> np.ndarray:
+def measure(trainer: MomentumTrainer, split: Split, when: str) -> np.ndarray:
     """[examples, 3] statistics, gathered over all processes, in the order of the examples."""
     output = trainer.predict(split.examples, metric_key_prefix=f"{when}_{split.name}")  # type: ignore[arg-type]
     return np.asarray(output.predictions, dtype=np.float64)
@@ -221,6 +271,7 @@ def _facts(recipe: Recipe, trainer: MomentumTrainer, train_split: Split, seconds
     facts = {
         "optimizer": f"`{_optimizer(recipe)}`: " + ", ".join(f"{key}={value}" for key, value in group.items()),
         "weight decay": args.weight_decay,
+        "auxiliary objective": _surgery(recipe),
         "momentum schedule": " ".join(filter(None, [args.momentum_schedule, args.momentum_schedule_args])) or "none",
         "learning-rate schedule": f"{args.lr_scheduler_type.value}, {trainer.state.global_step} steps",
         "examples per step": per_step,
@@ -242,6 +293,16 @@ def _facts(recipe: Recipe, trainer: MomentumTrainer, train_split: Split, seconds
     if recipe.data.train_dataset.startswith("stdlib:"):
         facts["corpus"] = f"standard library of Python {platform.python_version()}, fingerprint {corpus.fingerprint()}"
     return facts
+
+
+def _surgery(recipe: Recipe) -> str:
+    bloop = recipe.bloop
+    what = [*bloop.aux_dataset, *([] if bloop.aux_loss is None else [bloop.aux_loss])]
+    if not what:
+        return "none"
+    lam = ", ".join(f"{value:g}" for value in bloop.lam)
+    rho = f", rho {bloop.rho}" if bloop.surgery == "bloop" else ""
+    return f"{', '.join(what)}; {bloop.surgery}, lambda {lam}{rho}"
 
 
 def _peak_memory(device: torch.device) -> int:

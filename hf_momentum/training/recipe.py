@@ -24,11 +24,19 @@ from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.integrations.registry import nearest
 from hf_momentum.integrations.transformers_hook import keyword_arguments
 from hf_momentum.optim.momentum_laws import momentum_key
-from hf_momentum.training.arguments import DataArguments, ModelArguments, MomentumTrainingArguments, PeftArguments
+from hf_momentum.surgery import Settings, weights_of
+from hf_momentum.training.arguments import (
+    BloopArguments,
+    DataArguments,
+    ModelArguments,
+    MomentumTrainingArguments,
+    PeftArguments,
+)
+from hf_momentum.training.bloop import parse_rho
 from hf_momentum.training.trainer import MomentumTrainer
 
 OFFLINE_RECIPE = "recipes/quickstart.yaml"
-_DATACLASSES = (ModelArguments, DataArguments, PeftArguments, MomentumTrainingArguments)
+_DATACLASSES = (ModelArguments, DataArguments, PeftArguments, BloopArguments, MomentumTrainingArguments)
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Recipe:
     model: ModelArguments
     data: DataArguments
     peft: PeftArguments
+    bloop: BloopArguments
     training: MomentumTrainingArguments
 
     def to_yaml(self) -> str:
@@ -156,6 +165,22 @@ class _Words(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
+def split_name(entry: str) -> tuple[str, str]:
+    """NAME and SOURCE@SPLIT of an entry that names a split.
+
+    Raises:
+        InputError: a part is missing.
+
+    Example:
+        >>> split_name("prose=stdlib:prose@test")
+        ('prose', 'stdlib:prose@test')
+    """
+    name, separator, source = entry.partition("=")
+    if not separator or not name or not source:
+        raise InputError(f"{entry!r} does not name a split; write NAME=SOURCE@SPLIT")
+    return name, source
+
+
 def find_recipe(config: str) -> Path:
     """The file that `--config` means: a path, or a recipe shipped with the package, by name.
 
@@ -233,7 +258,10 @@ def _check(recipe: Recipe) -> None:
         keyword_arguments(OPTIMIZERS[name], recipe.training)
     if recipe.training.momentum_schedule is not None:
         _check_momentum(recipe.training)
+    _check_surgery(recipe)
     at_least_one = {
+        "aux_batch_size": recipe.bloop.aux_batch_size,
+        "max_aux_examples": recipe.bloop.max_aux_examples,
         "block_size": recipe.data.block_size,
         "max_train_examples": recipe.data.max_train_examples,
         "max_eval_examples": recipe.data.max_eval_examples,
@@ -252,6 +280,21 @@ def _check(recipe: Recipe) -> None:
         raise InputError(f"lora_dropout must be in [0, 1), got {recipe.peft.lora_dropout}")
     if recipe.training.learning_rate < 0:
         raise InputError(f"learning_rate must be at least 0, got {recipe.training.learning_rate}")
+
+
+def _check_surgery(recipe: Recipe) -> None:
+    """Refuse what a surgery cannot be told before anything is loaded."""
+    bloop = recipe.bloop
+    surgery = "mixed" if bloop.surgery == "replay" else bloop.surgery
+    Settings(lam=tuple(bloop.lam), surgery=surgery, rho=parse_rho(bloop.rho))
+    names = [split_name(entry)[0] for entry in bloop.aux_dataset]
+    names += [] if bloop.aux_loss is None else [bloop.aux_loss]
+    if names:
+        weights_of(bloop.lam, names)
+    if len(set(names)) < len(names):
+        raise InputError(f"two auxiliaries have the same name: {', '.join(names)}")
+    if bloop.surgery == "replay" and (len(bloop.aux_dataset) != 1 or bloop.aux_loss is not None):
+        raise InputError("surgery replay mixes the examples of one aux_dataset among the main ones; give exactly one")
 
 
 def _check_momentum(training: MomentumTrainingArguments) -> None:

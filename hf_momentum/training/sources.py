@@ -1,5 +1,6 @@
 """From `SOURCE@SPLIT` to examples that a Trainer takes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_momentum.errors import InputError
 from hf_momentum.training import corpus
 from hf_momentum.training.arguments import DataArguments
-from hf_momentum.training.recipe import OFFLINE_RECIPE
+from hf_momentum.training.recipe import OFFLINE_RECIPE, split_name
 
 _READERS = {
     ".jsonl": "json",
@@ -97,7 +98,8 @@ class Split:
 
     Attributes:
         name: how reports call it.
-        role: "training", "validation", "in distribution", "shifted" or "must not forget".
+        role: "training", "auxiliary training", "validation", "in distribution", "shifted", "must not forget" or
+            "auxiliary".
         source: as written in the recipe.
         examples: rows with `input_ids` and `labels`.
         bytes_per_token: UTF-8 bytes per token of the text, for figures that do not depend on the tokenizer.
@@ -133,6 +135,11 @@ class Loader:
                 raise InputError(f"{self.data.train_dataset}: column {self.data.label_column!r} holds a single class")
         return self._split("train", "training", self.data.train_dataset, rows, self.data.max_train_examples)
 
+    def auxiliaries(self, entries: Sequence[str], most: int | None) -> list[Split]:
+        """The auxiliary training data, in order of priority; at most `most` examples of each."""
+        named = [split_name(entry) for entry in entries]
+        return [self._split(name, "auxiliary training", source, self._rows(source), most) for name, source in named]
+
     def validation(self) -> Split | None:
         """The validation split, if the recipe names one."""
         source = self.data.validation_dataset
@@ -146,13 +153,12 @@ class Loader:
             "in distribution": self.data.in_distribution,
             "shifted": self.data.shifted,
             "must not forget": self.data.must_not_forget,
+            "auxiliary": self.data.auxiliary,
         }
         splits = []
         for role, entries in roles.items():
             for entry in entries:
-                name, separator, source = entry.partition("=")
-                if not separator or not name or not source:
-                    raise InputError(f"{entry!r} does not name a split; write NAME=SOURCE@SPLIT")
+                name, source = split_name(entry)
                 if name in [split.name for split in splits]:
                     raise InputError(f"two splits are called {name!r}")
                 rows = self._rows(source)

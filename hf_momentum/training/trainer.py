@@ -243,6 +243,13 @@ class MomentumTrainer(Trainer):
         """The norm before clipping; where the optimizer clips, a tensor that its step fills in."""
         base = base_optimizer(self.optimizer)
         if not self.clips_inside:
+            # Under DeepSpeed the step has been taken already; the optimizer then undoes DeepSpeed's clipping by itself.
+            if (
+                isinstance(base, ObservesGradients)
+                and not self.is_deepspeed_enabled
+                and self.accelerator.scaler is None
+            ):
+                base.observe_gradients()  # the gradients are whole and not clipped yet; under a scaler they are scaled
             return super()._clip_grad_norm(model)
         for group in base.param_groups:
             if group["max_grad_norm"] is None:  # one given in optim_args stands
@@ -270,13 +277,6 @@ class MomentumTrainer(Trainer):
             )
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._require_finite(loss)
-        base = base_optimizer(self.optimizer)
-        # Under DeepSpeed the step has been taken already; the optimizer then undoes DeepSpeed's clipping by itself.
-        observes = isinstance(base, ObservesGradients) and not self.is_deepspeed_enabled
-        # Where the optimizer clips, it sees the gradients first.
-        observes = observes and self.args.max_grad_norm > 0 and not self.clips_inside
-        if observes and self.accelerator.sync_gradients and self.accelerator.scaler is None:
-            base.observe_gradients()  # the gradients are whole and not clipped yet; under a scaler they are scaled
         return loss
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
