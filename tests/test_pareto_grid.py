@@ -14,6 +14,7 @@ from hf_momentum.errors import TrainingStopped
 from hf_momentum.evaluation.pareto import MAIN_ONLY
 from hf_momentum.training import MomentumTrainer, job, load_recipe, pareto
 from hf_momentum.training.pareto import BASE, Plan, Point, Record
+from hf_momentum.training.replay import ReplayMixture
 
 
 @pytest.fixture
@@ -306,11 +307,21 @@ def test_seeds_differ_in_what_they_see(real):
     assert records[Point(MAIN_ONLY, 0.0, 0)].losses != records[Point(MAIN_ONLY, 0.0, 1)].losses
 
 
-def test_the_base_model_is_measured_as_the_main_job_measures_it(real, tmp_path):
+def test_base_and_main_only_are_what_the_main_job_finds_without_an_auxiliary_objective(real, tmp_path):
     made, records = real
-    outcome = job.train(load_recipe(None, [*made.overrides, f"--output_dir={tmp_path}"]))
-    before = {split.name: split.before["loss"].value for split in outcome.report.splits}
-    assert records[Point(BASE, 0.0, 0)].losses == pytest.approx({**before, "told": before["prose"]}, rel=1e-12)
+    words = [word for word in made.overrides if not word.startswith(("--aux_dataset", "--output_dir"))]
+    outcome = job.train(load_recipe(None, [*words, f"--output_dir={tmp_path}"]))
+    for point, when in ((Point(BASE, 0.0, 0), "before"), (Point(MAIN_ONLY, 0.0, 0), "after")):
+        expected = {split.name: getattr(split, when)["loss"].value for split in outcome.report.splits}
+        assert records[point].losses == expected, point
+
+
+def test_replay_sees_as_many_examples_per_step_as_a_surgery(real):
+    made, _ = real
+    trainers = {name: job.prepare(made.recipe(Point(name, 1.0, 0))).trainer for name in ("bloop", "replay")}
+    sizes = {name: len(next(iter(trainer.get_train_dataloader()))["input_ids"]) for name, trainer in trainers.items()}
+    assert sizes == {"bloop": 4, "replay": 8}
+    assert isinstance(trainers["replay"].train_dataset, ReplayMixture)
 
 
 def test_a_run_is_the_same_alone_as_behind_others(real):
@@ -364,3 +375,27 @@ def test_the_memory_of_a_run_is_free_before_the_next(real):
     made, _ = real
     assert pareto.run_point(made, Point("bloop", 1.0, 0)).status == "finished"
     assert not [found for found in gc.get_objects() if issubclass(type(found), MomentumTrainer)]
+
+
+# ---- the shipped recipes ---------------------------------------------------------------------------------------------
+
+
+SMALL = ["--scratch_steps=2", "--scratch_hidden_size=32", "--scratch_layers=1", "--block_size=64", "--max_steps=2"]
+SMALL += ["--max_train_examples=64", "--max_eval_examples=4", "--use_cpu", "--disable_tqdm=true"]
+SHIPPED = {"bloop_domain": ("prose", "code"), "bloop_format": ("code", "json"), "bloop_replay": ("code", "prose")}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_have_a_front(name, tmp_path):
+    made = pareto.plan(name, ["--use_cpu"], ["bloop", "mixed", "replay"], [0.1], 1, None, None, str(tmp_path))
+    assert (made.main, made.auxiliary) == SHIPPED[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_run(name, tmp_path, tmp_path_factory):
+    words = [*SMALL, f"--cache_dir={tmp_path_factory.getbasetemp() / 'recipes'}"]
+    made = pareto.plan(name, words, ["bloop"], [0.1], 1, None, None, str(tmp_path))
+    record = pareto.run_point(made, Point("bloop", 0.1, 0))
+    assert record.status == "finished", record.message
+    assert set(SHIPPED[name]) <= set(record.losses)

@@ -597,7 +597,8 @@ def _fairness(recipe: Recipe) -> list[str]:
     return [
         f"All runs have {recipe.training.max_steps} steps. In each step a surgery sees {main} main and {auxiliary} "
         f"auxiliary examples; replay sees {main + auxiliary} of one mixture, of which lambda / (1 + lambda) are "
-        f"auxiliary; main only sees {main} main examples, and nothing in place of the auxiliary ones.",
+        f"auxiliary; main only sees {main} main examples, and nothing in place of the auxiliary ones. In expectation "
+        "the gradient of mixed is 1 + lambda times that of replay; the learning rate is the same.",
         "A seed decides the order of the data, what is random in the model, and which examples are taken where the "
         "recipe limits their number (also of the splits that are measured). It is the same for all methods, and "
         "differences between methods are taken seed by seed. The base model was measured once, with the first seed.",
