@@ -1,6 +1,8 @@
 """The grid runs every point once, loses nothing when it is killed, goes on when a run fails, and treats all alike."""
 
+import gc
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +12,9 @@ from hf_momentum import InputError
 from hf_momentum.cli import main
 from hf_momentum.errors import TrainingStopped
 from hf_momentum.evaluation.pareto import MAIN_ONLY
-from hf_momentum.training import pareto
+from hf_momentum.training import MomentumTrainer, job, load_recipe, pareto
 from hf_momentum.training.pareto import BASE, Plan, Point, Record
+from hf_momentum.training.replay import ReplayMixture
 
 
 @pytest.fixture
@@ -270,3 +273,129 @@ def test_a_slip_is_one_line_and_nothing_is_written(more, message, words, tmp_pat
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not (tmp_path / "out").exists()
+
+
+# ---- real runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(tiny, tmp_path_factory):
+    """A whole grid in this process: its plan, and its records."""
+    folder = tmp_path_factory.mktemp("real") / "out"
+    fields = {"aux_dataset": f"prose={tiny.folder / 'prose.jsonl'}", "auxiliary": f"told={tiny.folder / 'prose.jsonl'}"}
+    typed = tiny.words("unused", **fields, seed=0, learning_rate=0.2, max_steps=6)
+    typed = [word for word in typed if not word.startswith("--output_dir")]
+    made = planned(typed, folder, surgeries=["bloop", "replay"], lambdas=[1.0])
+    return made, pareto.run_grid(made, say=str)
+
+
+def test_real_runs_learn_what_they_are_trained_on(real):
+    made, records = real
+    assert all(record.status == "finished" for record in records.values()), records
+    assert all(set(record.losses) == {"code", "prose", "told"} for record in records.values())
+    base, alone = records[Point(BASE, 0.0, 0)], records[Point(MAIN_ONLY, 0.0, 0)]
+    assert alone.losses["code"] < base.losses["code"], "training on code lowers its loss"
+    for surgery in ("bloop", "replay"):
+        found = records[Point(surgery, 1.0, 0)]
+        assert found.losses["told"] < alone.losses["told"], "auxiliary examples lower the auxiliary loss"
+        assert found.losses["told"] == found.losses["prose"], "the two splits are one file"
+    assert {path.name for path in Path(made.folder).iterdir()} == {"runs.jsonl"}, "a run leaves a line and no weights"
+
+
+def test_seeds_differ_in_what_they_see(real):
+    _, records = real
+    assert records[Point(MAIN_ONLY, 0.0, 0)].losses != records[Point(MAIN_ONLY, 0.0, 1)].losses
+
+
+def test_base_and_main_only_are_what_the_main_job_finds_without_an_auxiliary_objective(real, tmp_path):
+    made, records = real
+    words = [word for word in made.overrides if not word.startswith(("--aux_dataset", "--output_dir"))]
+    outcome = job.train(load_recipe(None, [*words, f"--output_dir={tmp_path}"]))
+    for point, when in ((Point(BASE, 0.0, 0), "before"), (Point(MAIN_ONLY, 0.0, 0), "after")):
+        expected = {split.name: getattr(split, when)["loss"].value for split in outcome.report.splits}
+        assert records[point].losses == expected, point
+
+
+def test_replay_sees_as_many_examples_per_step_as_a_surgery(real):
+    made, _ = real
+    trainers = {name: job.prepare(made.recipe(Point(name, 1.0, 0))).trainer for name in ("bloop", "replay")}
+    sizes = {name: len(next(iter(trainer.get_train_dataloader()))["input_ids"]) for name, trainer in trainers.items()}
+    assert sizes == {"bloop": 4, "replay": 8}
+    assert isinstance(trainers["replay"].train_dataset, ReplayMixture)
+
+
+def test_a_run_is_the_same_alone_as_behind_others(real):
+    """Nothing of one run is left behind for the next: neither random states nor an Accelerator's."""
+    made, records = real
+    for point in (Point("bloop", 1.0, 1), Point("replay", 1.0, 0)):
+        assert pareto.run_point(made, point).losses == records[point].losses
+
+
+def test_processes_side_by_side_find_what_one_process_finds(real, tmp_path):
+    made, _ = real
+    other = replace(made, folder=str(tmp_path / "out"), surgeries=["bloop"], seeds=[0])
+    said: list[str] = []
+    found = pareto.run_grid(other, jobs=2, say=said.append)
+    assert list(found) == other.points() and len(said) == 3
+    for point in other.points():
+        assert found[point].status == "finished", found[point].message
+        # Both processes may have other numbers of threads, hence another order of their sums.
+        assert found[point].losses == pytest.approx(pareto.run_point(made, point).losses, rel=1e-5)
+    assert {path.name for path in (tmp_path / "out" / "logs").iterdir()} == {"main_only-0-0.log", "bloop-1-0.log"}
+
+
+def test_what_breaks_is_a_failed_run_with_its_reason(real):
+    """The overrides are changed behind the plan's back, as when a data file goes away."""
+    made, _ = real
+    record = pareto.run_point(
+        replace(made, overrides=[*made.overrides, "--train_dataset=gone.jsonl"]), made.points()[1]
+    )
+    assert (record.status, record.losses) == ("failed", {})
+    assert record.message == "dataset file gone.jsonl does not exist"
+
+
+def test_a_process_that_dies_is_a_failed_run(words, tmp_path, monkeypatch):
+    """As when the system kills it for its memory: it cannot say so itself."""
+    made = planned(words(), tmp_path, seeds=1)
+    monkeypatch.setattr(pareto.sys, "executable", "false")
+    records = pareto.run_grid(made, jobs=2, run=FakeRunner(), say=str)
+    failed = [record for record in records.values() if record.status == "failed"]
+    assert len(failed) == 5 and "its process ended with status 1; see the log" in failed[0].message
+    assert len(lines_of(tmp_path)) == 6
+
+
+def test_a_diverging_run_stops_and_is_a_result(real):
+    made, _ = real
+    wild = replace(made, overrides=[*made.overrides, "--learning_rate=1e30", "--max_grad_norm=0"])
+    record = pareto.run_point(wild, Point("bloop", 1.0, 0))
+    assert (record.status, record.losses) == ("stopped", {}) and record.message
+
+
+def test_the_memory_of_a_run_is_free_before_the_next(real):
+    made, _ = real
+    assert pareto.run_point(made, Point("bloop", 1.0, 0)).status == "finished"
+    assert not [found for found in gc.get_objects() if issubclass(type(found), MomentumTrainer)]
+
+
+# ---- the shipped recipes ---------------------------------------------------------------------------------------------
+
+
+SMALL = ["--scratch_steps=2", "--scratch_hidden_size=32", "--scratch_layers=1", "--block_size=64", "--max_steps=2"]
+SMALL += ["--max_train_examples=64", "--max_eval_examples=4", "--use_cpu", "--disable_tqdm=true"]
+SHIPPED = {"bloop_domain": ("prose", "code"), "bloop_format": ("code", "json"), "bloop_replay": ("code", "prose")}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_have_a_front(name, tmp_path):
+    made = pareto.plan(name, ["--use_cpu"], ["bloop", "mixed", "replay"], [0.1], 1, None, None, str(tmp_path))
+    assert (made.main, made.auxiliary) == SHIPPED[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_run(name, tmp_path, tmp_path_factory):
+    words = [*SMALL, f"--cache_dir={tmp_path_factory.getbasetemp() / 'recipes'}"]
+    made = pareto.plan(name, words, ["bloop"], [0.1], 1, None, None, str(tmp_path))
+    record = pareto.run_point(made, Point("bloop", 0.1, 0))
+    assert record.status == "finished", record.message
+    assert set(SHIPPED[name]) <= set(record.losses)

@@ -8,6 +8,7 @@ import gc
 import hashlib
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import shlex
@@ -23,6 +24,7 @@ from typing import Any, get_args, get_type_hints
 import datasets
 import torch
 from transformers import PrinterCallback
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from hf_momentum.errors import InputError, TrainingStopped
 from hf_momentum.evaluation import metrics_of
@@ -295,7 +297,7 @@ def run_point(made: Plan, point: Point) -> Record:
     losses: dict[str, float] = {}
     status, message = "finished", ""
     try:
-        with _quiet_data():
+        with _quiet():
             losses = _losses(made, point)
         unusable = [name for name, loss in losses.items() if not math.isfinite(loss)]
         if unusable:
@@ -329,15 +331,21 @@ def _losses(made: Plan, point: Point) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _quiet_data() -> Iterator[None]:
-    """Without a progress bar for every split of every run."""
-    shown = datasets.utils.are_progress_bars_enabled()
+def _quiet() -> Iterator[None]:
+    """Without a progress bar for every file and split of every run, and without the same notes again; warnings stay."""
+    logger = logging.getLogger("hf_momentum")
+    level, data, weights = logger.level, datasets.are_progress_bars_disabled(), is_progress_bar_enabled()
+    logger.setLevel(logging.WARNING)
     datasets.disable_progress_bars()
+    disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        logger.setLevel(level)
+        if not data:
             datasets.enable_progress_bars()
+        if weights:
+            enable_progress_bar()
 
 
 # ---- the record of runs ----------------------------------------------------------------------------------------------
@@ -589,7 +597,8 @@ def _fairness(recipe: Recipe) -> list[str]:
     return [
         f"All runs have {recipe.training.max_steps} steps. In each step a surgery sees {main} main and {auxiliary} "
         f"auxiliary examples; replay sees {main + auxiliary} of one mixture, of which lambda / (1 + lambda) are "
-        f"auxiliary; main only sees {main} main examples, and nothing in place of the auxiliary ones.",
+        f"auxiliary; main only sees {main} main examples, and nothing in place of the auxiliary ones. In expectation "
+        "the gradient of mixed is 1 + lambda times that of replay; the learning rate is the same.",
         "A seed decides the order of the data, what is random in the model, and which examples are taken where the "
         "recipe limits their number (also of the splits that are measured). It is the same for all methods, and "
         "differences between methods are taken seed by seed. The base model was measured once, with the first seed.",
