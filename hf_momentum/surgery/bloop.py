@@ -41,6 +41,7 @@ from hf_momentum.surgery.products import Products, products
 from hf_momentum.surgery.settings import Settings
 from hf_momentum.surgery.taken import aligned
 
+_LEAST_RHO, _LARGEST_RHO = 1e-4, 0.1  # of rho="auto"
 _EVERY = 4  # the norm of what was added to a buffer is measured at one step in four
 
 
@@ -142,10 +143,11 @@ class Bloop:
             return 1.0
         if self.settings.rho != "auto":
             return float(self.settings.rho)
+        least = min(_LARGEST_RHO, max(_LEAST_RHO, 10 / max(self.steps, 1)))
+        start = max(self.settings.start_rho, least)
         if not isinstance(self._noise.count, Tensor):
-            return self.settings.start_rho
-        least = min(self.settings.start_rho, 10 / max(self.steps, 1))
-        return fitting_rho(self._noise.ratio(), self.settings.start_rho, least)
+            return start
+        return fitting_rho(self._noise.ratio(), start, least, _LARGEST_RHO)
 
     # ---- one buffer ------------------------------------------------------------------------------------------------
 

@@ -59,7 +59,8 @@ class Noise:
 
     def on(self, device: torch.device, dtype: torch.dtype) -> "Noise":
         """The same as 0-dim tensors on `device`."""
-        return Noise(**{name: torch.as_tensor(value, device=device, dtype=dtype) for name, value in vars(self).items()})
+        values = [torch.as_tensor(value, device=device, dtype=dtype) for value in vars(self).values()]
+        return Noise(*values)
 
     def as_floats(self) -> dict[str, float]:
         """For a checkpoint; waits for the device."""
@@ -85,7 +86,8 @@ class Noise:
         use = ((weight > 0) & (kappa < 0.5)).to(average.dtype) * _SMOOTHING
         old = [torch.as_tensor(x) for x in (self.average, self.batch, self.kappa)]
         new = [x + use * (y - x) for x, y in zip(old, (average / safe**2, batch, kappa), strict=True)]
-        return Noise(self.weight, self.squares, *new, self.count + use / _SMOOTHING)
+        average, batch, kappa = new
+        return Noise(self.weight, self.squares, average, batch, kappa, self.count + use / _SMOOTHING)
 
     def ratio(self) -> Tensor:
         """n; NaN while too little has been seen."""
@@ -107,11 +109,11 @@ def survives(n: float, rho: float) -> float:
     return n_e / (1 + n_e)
 
 
-def fitting_rho(n: Tensor, start: float, least: float, most: float = 0.1) -> Tensor:
+def fitting_rho(n: Tensor, start: float, least: float, most: float) -> Tensor:
     """rho = 0.2 / n within bounds; `start` while n is not known.
 
     Example:
-        >>> fitting_rho(torch.tensor([100.0, 0.0, float("nan")]), start=0.01, least=1e-4)
+        >>> fitting_rho(torch.tensor([100.0, 0.0, float("nan")]), start=0.01, least=1e-4, most=0.1)
         tensor([0.0020, 0.1000, 0.0100])
     """
     return torch.where(torch.isnan(n), torch.full_like(n, start), (SURVIVES / n.clamp(min=1e-12)).clamp(least, most))

@@ -97,7 +97,7 @@ def dynamic_barrier(lam: Sequence[float], main: Vector, auxiliaries: Sequence[Ve
         array([1. , 0.5])
     """
     a = mixed(lam, np.zeros_like(main), auxiliaries)
-    mu = max(1 - (main @ a) / (main @ main), 0.0) if np.any(main) else 1.0
+    mu = max(1 - float(main @ a) / float(main @ main), 0.0) if np.any(main) else 1.0
     return mu * main + a
 
 
@@ -108,7 +108,7 @@ def pcgrad(lam: Sequence[float], main: Vector, auxiliaries: Sequence[Vector]) ->
         >>> pcgrad([1.0], np.array([1.0, 0.0]), [np.array([-1.0, 1.0])])
         array([0.5, 1.5])
     """
-    vectors = [main, *(lam_k * g for lam_k, g in zip(lam, auxiliaries, strict=True))]
+    vectors: list[Vector] = [main, *(lam_k * g for lam_k, g in zip(lam, auxiliaries, strict=True))]
     d = np.zeros_like(main)
     for i, vector in enumerate(vectors):
         changed = vector.copy()
