@@ -14,6 +14,7 @@ The tables:
     clip    each rule that clips inside its step against clip_grad_norm_ and fused AdamW
     state   state kept in bfloat16 and int8 against float32 state of the same rule
     peers   other packages' optimizers, where they are installed
+    surgery the passes of gradient surgery in one step against fused AdamW
 """
 
 import argparse
@@ -36,8 +37,10 @@ from bench_shapes import MODELS, Shapes, shapes_of
 from torch import Tensor
 
 from hf_momentum.integrations.registry import OPTIMIZERS
+from hf_momentum.kernels import seeds
+from hf_momentum.surgery import Passes
 
-TABLES = ("step", "clip", "state", "peers")
+TABLES = ("step", "clip", "state", "peers", "surgery")
 
 # What each rule is compared with, and the ratio to it that is the aim, by column: the device, then what is special.
 BASELINES = {"critical_sgd": "sgd"}
@@ -49,6 +52,8 @@ TARGETS: dict[str, dict[str, float]] = {
     "critical_sgd": {"cpu": 1.02, "cpu lora": 1.02, "cuda": 1.02},
     "critical_adamw": {"cpu": 1.02, "cpu lora": 1.02, "cuda": 1.02},
 }
+# The same for sums and projection of a surgery, without what its average absorbs afterwards.
+COMBINE_TARGETS = {"cpu": 0.85, "cpu lora": 0.50, "cuda": 1.00}
 INT8_TARGET = 1.05  # against float32 state of the same rule
 PEER_TARGET = 10.0  # how many times the public TAM's step should take of ours, on the CPU
 
@@ -265,6 +270,42 @@ class NoStep(torch.optim.Optimizer):
         """Leave everything as it is."""
 
 
+class Surgery(torch.optim.Optimizer):
+    """What Bloop with one auxiliary loss does to gradients and averages in one step, as if it were an optimizer.
+
+    The backward pass of the main loss, which comes before `absorb`, is not there: the gradients stay what the
+    projection has left of them, and the averages approach 0 by one per cent in each step.
+
+    Args:
+        params: with gradients, which are overwritten.
+        dtype: of the averages.
+        absorbs: whether the averages absorb the gradients; else they are only projected on and lent to.
+    """
+
+    RHO = 0.01
+
+    def __init__(self, params: Params, dtype: torch.dtype = torch.float32, absorbs: bool = True) -> None:
+        super().__init__(params, {})
+        self._absorbs, self._passes, self._steps = absorbs, Passes(), 0
+        generator = torch.Generator(params[0].device).manual_seed(1)
+        for param in params:
+            noise = torch.randn(param.shape, generator=generator, device=param.device)
+            self.state[param]["average"] = noise.mul_(param.grad.float().square().mean().sqrt()).to(dtype)
+        self._averages = [self.state[param]["average"] for param in params]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Sums, projection, absorption."""
+        grads, own = [param.grad for param in self.param_groups[0]["params"]], None
+        if self._averages[0].dtype == torch.bfloat16:
+            self._steps += 1
+            own = seeds(torch.full((len(grads),), float(self._steps), device=grads[0].device), 0)
+        eb, ee, _ = self._passes.sums(grads, self._averages).sum(0)
+        self._passes.project_and_lend(grads, self._averages, eb / ee, 1 - self.RHO, self.RHO, seeds=own)
+        if self._absorbs:
+            self._passes.absorb(grads, self._averages, 1.0, self.RHO, seeds=own)
+
+
 def fused_adamw(params: Params) -> torch.optim.Optimizer:
     """The baseline of most rows."""
     return torch.optim.AdamW(params, lr=LR, fused=True)
@@ -359,6 +400,16 @@ def peer_rows(device: str, options: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def surgery_rows(where: str, dtype: str) -> list[Row]:
+    """A step's surgery, and its sums and projection alone, against fused AdamW's step."""
+    of_dtype = functools.partial(Surgery, dtype=getattr(torch, dtype))
+    return [
+        Row("adamw", fused_adamw),
+        Row("bloop surgery", of_dtype, "adamw"),
+        Row("bloop combine", functools.partial(of_dtype, absorbs=False), "adamw", COMBINE_TARGETS.get(where)),
+    ]
+
+
 # ---- one table -------------------------------------------------------------------------------------------------------
 
 
@@ -366,9 +417,10 @@ def peer_rows(device: str, options: Mapping[str, Any]) -> list[Row]:
 class Bench:
     """Weights and gradients that all rows of a table share, and how they are measured.
 
-    Only optimizers write to the weights, and what the numbers are does not change a step's time as long as they are
-    normal ones, which is checked. `clip_grad_norm_` rescales the shared gradients; their norm starts at twice
-    `CLIP_TO`, stays at `CLIP_TO` from its first call on, and every row that clips does its whole work.
+    Only optimizers write to the weights and only a surgery to the gradients. What the numbers are does not change a
+    step's time as long as they are normal ones, which is checked. `clip_grad_norm_` rescales the shared gradients;
+    their norm starts at twice `CLIP_TO`, stays at `CLIP_TO` from its first call on, and every row that clips does its
+    whole work.
     """
 
     params: Params
@@ -421,7 +473,7 @@ class Bench:
             try:
                 needs[row.name] = int(probe(row, self.params[0].dtype, self.device) * self.count)
             except Exception as error:  # of another package: whatever it is, the other rows go on
-                if row.name.split()[0] in OPTIMIZERS or row.against is None:
+                if row.name.split()[0] in (*OPTIMIZERS, "bloop") or row.against is None:
                     raise
                 print(f"not measured: {row.name} fails: {type(error).__name__}: {str(error).splitlines()[0]}")
                 continue
@@ -720,6 +772,8 @@ def rows_of(table: str, shape: str, args: argparse.Namespace) -> list[Row]:
         return clip_rows(args.optimizers, where, options)
     if table == "state":
         return state_rows(args.optimizers, options)
+    if table == "surgery":
+        return surgery_rows(where, args.state_dtype)
     return peer_rows(args.device, options)
 
 
@@ -748,6 +802,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--scaling-parameters", nargs="*", type=int, default=sizes, metavar="N")
     found.add_argument("--scaling-tensors", nargs="*", type=int, default=[10, 100, 1000, 10000], metavar="N")
     found.add_argument("--output", type=Path, help="JSON file")
+    found.add_argument("--add", action="store_true", help="keep what else --output holds, measured on the same terms")
     found.add_argument("--plot", type=Path, help="PNG file")
     return found
 
@@ -766,15 +821,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     shapes_asked = args.shapes or (["llama-1b", "lora"] if args.device == "cuda" else ["gpt2", "lora"])
     results: dict[str, Any] = {"facts": machine_facts(args, device), "tables": []}
+    if args.add:
+        results = kept(args, results)
     for shape in shapes_asked:
         shapes = shapes_of(shape)
         if not args.tables or not fits(shapes, dtype, device, f"the tensors of {shape}"):
             continue
         bench = Bench.of(shapes, dtype, device, args.rounds, args.warmup, timer)
         for name in args.tables:
+            if name == "surgery" and (args.state_dtype == "int8" or args.fused is False):
+                print("not measured: surgery has no averages in int8, and no switch for its kernels")
+                continue
             rounds = args.peer_rounds if name == "peers" else args.rounds
             measured = Bench(bench.params, rounds, args.warmup, timer, device)
             table = measured.table(rows_of(name, shape, args))
+            results["tables"] = [t for t in results["tables"] if (t["table"], t["shape"]) != (name, shape)]
             results["tables"].append(
                 {"table": name, "shape": shape, "parameters": bench.count, "tensors": len(shapes), "rows": table}
             )
@@ -788,6 +849,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plot:
         draw(results, args.plot)
     return 0
+
+
+def kept(args: argparse.Namespace, results: dict[str, Any]) -> dict[str, Any]:
+    """What --output holds, for more to be added; one file tells of one machine and one way to measure."""
+    if args.output is None or not args.output.is_file():
+        return results
+    found: dict[str, Any] = json.loads(args.output.read_text())
+    differ = [key for key, value in results["facts"].items() if found["facts"].get(key) != value]
+    if differ:
+        parser().error(f"--add: {args.output} was measured with another {', '.join(differ)}; write to another file")
+    return found
 
 
 def write(results: Mapping[str, Any], args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_optimizers import BASELINES, TARGETS, column
+from bench_optimizers import BASELINES, COMBINE_TARGETS, TARGETS, column
 from state_dtype_curves import table as curves_table
 from support_table import replaced
 
@@ -37,6 +37,9 @@ BYTES = {
 CLIP_BYTES = 12
 # Inside the step the norm costs one more read of g where no pass before the update reads it anyway.
 NORM_BYTES = {"critical_sgd": 4, "critical_adamw": 4}
+
+# A surgery reads b and e for its sums; it reads and writes both to project, and reads both and writes e to absorb.
+SURGERY_BYTES = {"bloop combine": 24, "bloop surgery": 36}
 
 # Heading, device, shape and table of the columns of the table of steps.
 COLUMNS = (
@@ -132,6 +135,24 @@ def steps(results: Results) -> str:
             cells.append(text + (f", aim {aim:.2f}" if aim is not None else ""))
         rows.append(cells)
     return markdown(["rule", *(heading for heading, *_ in COLUMNS)], rows)
+
+
+def surgery(results: Results) -> str:
+    """The passes of a surgery over a step of AdamW, or what the bytes predict."""
+    rows = []
+    for name, size in SURGERY_BYTES.items():
+        cells = [f"`{name}`"]
+        for _, device, shape in PLACES:
+            line = rows_of(results, device, shape, "surgery").get(name)
+            if line is not None and "ratio" in line:
+                cells.append(ratio_text(line))
+                continue
+            aim = COMBINE_TARGETS.get(column("surgery", device, shape)) if name == "bloop combine" else None
+            bytes_say = f"predicted {size / BYTES['adamw']:.2f} ({size} of {BYTES['adamw']} bytes)"
+            text = "not measured" if shape == "lora" else bytes_say
+            cells.append(text + (f", aim {aim:.2f}" if aim is not None else ""))
+        rows.append(cells)
+    return markdown(["over `adamw`", *(heading for heading, *_ in PLACES)], rows)
 
 
 def baselines(results: Results) -> str:
@@ -277,6 +298,7 @@ TABLES = {
     "machines": machines,
     "steps": steps,
     "baselines": baselines,
+    "surgery": surgery,
     "state": state,
     "peers": peers,
     "memory": memory,

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ class Block(torch.nn.Module):
 class TwoLosses(torch.nn.Module):
     """A body with a head for each loss, a frozen tensor, and one that no loss reaches."""
 
-    _no_split_modules = ["Block"]
+    _no_split_modules: ClassVar = ["Block"]
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,6 +80,7 @@ class OneProcess:
         self.model.load_state_dict(model.state_dict())
         self.params = [p for group in groups_of(self.model) for p in group]
         self.weights = [p.detach().double() for p in self.params]
+        self.applied = [torch.zeros_like(w) for w in self.weights]
 
     def gradient(self, loss: str, step: int) -> list[Tensor]:
         """By row; zeros for what the loss does not reach."""
@@ -97,8 +98,9 @@ class OneProcess:
     def step(self, grads: Sequence[Tensor]) -> float:
         """Clipped gradient descent; the norm."""
         norm = float(torch.cat([g.view(-1) for g in grads]).norm())
-        for weight, grad, param in zip(self.weights, grads, self.params, strict=True):
-            weight -= RATE * grad * min(1.0, MAX_NORM / (norm + 1e-6))
+        self.applied = [grad * min(1.0, MAX_NORM / (norm + 1e-6)) for grad in grads]
+        for weight, grad, param in zip(self.weights, self.applied, self.params, strict=True):
+            weight -= RATE * grad
             param.copy_(weight)
         return norm
 
@@ -125,7 +127,9 @@ class Run:
         model = TwoLosses().to(dtype)
         self.truth = OneProcess(model, dtype, self.accelerator.num_processes, self.micros)
         given = [[weakref.ref(p) for p in group] for group in groups_of(model)]
-        base = torch.optim.SGD([{"params": group} for group in groups_of(model)], lr=RATE)
+        # The momentum changes nothing, but its buffer is the gradient of the last step, by holder.
+        base = torch.optim.SGD([{"params": group} for group in groups_of(model)], lr=RATE, momentum=1e-12)
+        self.base = base
         if self.accelerator.state.deepspeed_plugin is not None:
             self._configure(case, dtype)
         self.model, self.optimizer = self.accelerator.prepare(model, base)
@@ -133,13 +137,14 @@ class Run:
         self.gradients = reduced_gradients(self.engine, base, given)
         if "loss_scale" in case:
             self.engine.optimizer.override_loss_scale(case["loss_scale"])
+        self.places = self.gradients.pieces(everything)
+        self.gradients.drop()
         for method in case.get("faults", []):
             setattr(self.gradients, method, lambda: None)
         if self.engine is not None:
             assert type(self.engine.basic_optimizer) is torch.optim.SGD, "DeepSpeed put its own optimizer in place"
         self.claims: dict[str, float] = {}
         self.norms: list[float] = []
-        self.places: list[GradientPiece] = []
 
     def _configure(self, case: dict[str, Any], dtype: torch.dtype) -> None:
         config = self.accelerator.state.deepspeed_plugin.deepspeed_config
@@ -194,7 +199,6 @@ class Run:
         expected = torch.stack([(whole * whole).sum(), whole.sum()])
         found = total(self.gradients.layout, pieces, sums)
         self.claim("sums", float((found - expected).abs().max() / whole.norm() ** 2))
-        self.places = list(pieces)
 
     def step(self, grads: Sequence[Tensor]) -> None:
         """One step of both; the weights that the optimizer holds are then the same."""
@@ -210,6 +214,11 @@ class Run:
     def compare_weights(self, name: str) -> None:
         held = [piece.piece.of(piece.holder.detach()).double() for piece in self.places]
         self.claim(name, difference(self.places, held, self.truth.weights))
+
+    def compare_state(self) -> None:
+        """A piece cuts the optimizer's state as it cuts the gradient."""
+        held = [piece.piece.of(self.base.state[piece.holder]["momentum_buffer"]).double() for piece in self.places]
+        self.claim("state", difference(self.places, held, self.truth.applied))
 
 
 def difference(pieces: Sequence[GradientPiece], found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
@@ -310,10 +319,10 @@ def dropped(run: Run, t: int) -> None:
 
 
 def boundary_later(run: Run, t: int) -> None:
-    """Nothing is declared a boundary before `settle`, or everything is: the weights say whether it counted once."""
-    a, b = run.truth.gradient("auxiliary", t), run.truth.gradient("main", t)
+    """No pass is declared a boundary; for wrappers that reduce all the same."""
     if run.gradients.boundary:
         return
+    a, b = run.truth.gradient("auxiliary", t), run.truth.gradient("main", t)
     run.gradients.drop()
     run.backward("auxiliary", t)
     run.gradients.keep()
@@ -357,6 +366,7 @@ def facts_of(case: dict[str, Any]) -> dict[str, Any]:
     forms = [globals()[name] for name in case["forms"]] if "forms" in case else FORMS
     for t, form in enumerate(forms):
         form(run, 10 * t)
+    run.compare_state()
     found = {
         "claims": run.claims,
         "rows": sorted({piece.row for piece in run.places}),
@@ -378,6 +388,8 @@ def facts_of(case: dict[str, Any]) -> dict[str, Any]:
         "claims": {name: max(process["claims"][name] for process in everywhere) for name in run.claims},
         "rows": sorted({row for process in everywhere for row in process["rows"]}),
         "cut": max(process["pieces"] for process in everywhere),
+        "frozen": [p.requires_grad for p in run.truth.params].index(False),
+        "boundary": run.gradients.boundary,
         "steps": len(run.norms),
         "least_clipped": min(run.norms, default=0.0) / MAX_NORM,
     }

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_momentum import MomentumTrainer, MomentumTrainingArguments
+from hf_momentum import BloopArguments, BloopTrainer, MomentumTrainer, MomentumTrainingArguments
 from hf_momentum.integrations.what_runs import base_optimizer
 from hf_momentum.kernels import Packed, Reduced
 from hf_momentum.optim import MomentumOptimizer
@@ -77,6 +77,32 @@ def examples(size: str) -> list[dict[str, torch.Tensor]]:
     rows = base[torch.arange(EXAMPLES) % 3].clone()
     rows[:, -2:] = torch.randint(SIZES[size]["vocab_size"], (EXAMPLES, 2), generator=generator)
     return [{"input_ids": row, "labels": row.clone(), "attention_mask": torch.ones_like(row)} for row in rows]
+
+
+def auxiliary_examples(size: str, number: int) -> list[dict[str, torch.Tensor]]:
+    """Other sequences, related among themselves and a little to the main ones; no batch size divides their number."""
+    generator = torch.Generator().manual_seed(10 + number)
+    rows = torch.randint(SIZES[size]["vocab_size"], (1, LENGTH), generator=generator).repeat(17, 1)
+    rows[:, : LENGTH // 2] = examples(size)[number]["input_ids"][: LENGTH // 2]
+    rows[:, -3:] = torch.randint(SIZES[size]["vocab_size"], (17, 3), generator=generator)
+    return [{"input_ids": row, "labels": row.clone(), "attention_mask": torch.ones_like(row)} for row in rows]
+
+
+def trainer_of(case: dict[str, Any], model: Any, args: MomentumTrainingArguments, **options: Any) -> MomentumTrainer:
+    """The kind of trainer that a case asks for."""
+    size, bloop = case.get("size", "even"), case.get("bloop")
+    if bloop is None:
+        kind = ClipsFirst if case.get("clips_first") else MomentumTrainer
+        return kind(model, args, train_dataset=examples(size), **options)
+    auxiliaries = {f"aux{k}": auxiliary_examples(size, k) for k in range(case.get("auxiliaries", 1))}
+    return BloopTrainer(
+        model,
+        args,
+        train_dataset=examples(size),
+        aux_train_dataset=auxiliaries or None,
+        bloop=BloopArguments(**bloop),
+        **options,
+    )
 
 
 def model_of(size: str, tied: bool, lora: bool) -> Any:
@@ -191,6 +217,15 @@ class Communication:
         return counted
 
 
+def averages(base: torch.optim.Optimizer) -> dict[str, int]:
+    """Elements of Bloop's averages that this process holds, and of the tensors that hold them."""
+    kept = [(holder, state["bloop_ema"]) for holder, state in base.state.items() if "bloop_ema" in state]
+    return {
+        "elements": sum(local(average).numel() for _, average in kept),
+        "held": sum(local(holder).numel() for holder, _ in kept),
+    }
+
+
 def run(case: dict[str, Any], processes: int, folder: Path) -> dict[str, Any]:
     """Train one case and save its weights."""
     size, deepspeed_keys = case.get("size", "even"), case.get("deepspeed", {})
@@ -222,9 +257,7 @@ def run(case: dict[str, Any], processes: int, folder: Path) -> dict[str, Any]:
     naive = {"optimizer_cls_and_kwargs": (NaiveTAM, {"lr": case["lr"]})} if case.get("naive") else {}
     model = model_of(size, case.get("tied", False), case.get("lora", False))
     model.to(getattr(torch, case.get("model_dtype", "float32")))
-    trainer = (ClipsFirst if case.get("clips_first") else MomentumTrainer)(
-        model, args, train_dataset=examples(size), **naive
-    )
+    trainer = trainer_of(case, model, args, **naive)
     if deepspeed_keys and trainer.is_deepspeed_enabled:
         config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
         for key, value in deepspeed_keys.items():
@@ -272,6 +305,11 @@ def run(case: dict[str, Any], processes: int, folder: Path) -> dict[str, Any]:
         "clips_inside": trainer.clips_inside,
         "held": held(trainer, base) if ours else None,
         "cosines": [entry["cosine"] for entry in history if "cosine" in entry],
+        "surgery": {
+            name: [entry[name] for entry in history if name in entry]
+            for name in ("aux_loss", "aux_cosine", "removed_fraction", "noise_ratio", "rho")
+        },
+        "averages": averages(base),
         "grad_norms": [entry["grad_norm"] for entry in history if entry.get("grad_norm") is not None],
     }
 

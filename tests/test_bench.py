@@ -155,6 +155,36 @@ def test_clipping_and_small_state_are_measured(optimizers, tmp_path):
     assert state["tam int8"]["bytes_per_state_element"] < 1.4  # small tensors may keep float32
 
 
+def test_surgery_is_measured_and_added_to_what_is_there(optimizers, tmp_path, capsys):
+    words = ["--shapes", "tiny", "--rounds", "2", "--warmup", "1", "--threads", "1", "--optimizers", "tam"]
+    file = tmp_path / "bench.json"
+    assert optimizers.main([*words, "--tables", "step", "surgery", "--output", str(file)]) == 0
+    first = json.loads(file.read_text())
+    assert optimizers.main([*words, "--tables", "surgery", "--output", str(file), "--add"]) == 0
+    step, surgery = json.loads(file.read_text())["tables"]
+    assert step == first["tables"][0]
+    assert surgery["rows"] != first["tables"][1]["rows"]
+    assert list(surgery["rows"]) == ["adamw", "bloop surgery", "bloop combine"]
+    assert surgery["rows"]["bloop combine"]["target"] == 0.85
+    assert surgery["rows"]["bloop surgery"]["state_bytes_per_parameter"] == pytest.approx(4, rel=1e-3)
+    with pytest.raises(SystemExit):
+        optimizers.main([*words[:-2], "--rounds", "3", "--tables", "surgery", "--output", str(file), "--add"])
+    assert "was measured with another rounds; write to another file" in capsys.readouterr().err
+
+
+def test_the_rows_of_a_surgery_do_what_one_does(optimizers):
+    bench = optimizers.Bench.of([(50, 40), (30,)], torch.float32, torch.device("cpu"), 2, 0, optimizers.clock_timer())
+    for absorbs in (True, False):
+        rows = optimizers.Surgery(bench.params, absorbs=absorbs)
+        old = [rows.state[param]["average"].clone() for param in bench.params]
+        rows.step()
+        left = sum(float((param.grad * e).sum()) for param, e in zip(bench.params, old, strict=True))
+        assert abs(left) < 1e-6
+        for param, e in zip(bench.params, old, strict=True):
+            expected = (1 - rows.RHO) * e - rows.RHO * (not absorbs) * param.grad
+            assert torch.allclose(rows.state[param]["average"], expected, rtol=1e-5, atol=1e-8)
+
+
 def test_whole_trainer_steps_are_measured(scripts, tmp_path):
     training = scripts["bench_training"]
     words = ["--width", "32", "--layers", "1", "--vocabulary", "64", "--length", "8", "--batch", "2", "--threads", "1"]

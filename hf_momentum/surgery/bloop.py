@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from hf_momentum.errors import InputError
-from hf_momentum.kernels import seeds, sum_dtype
+from hf_momentum.kernels import seeds
 from hf_momentum.sharding import GradientPiece, ReducedGradients, total
 from hf_momentum.surgery.combination import projection
 from hf_momentum.surgery.kept import Kept
@@ -277,9 +277,9 @@ class Bloop:
     def _seeds(self, pieces: Sequence[GradientPiece], j: int) -> Tensor | None:
         if self.settings.dtype != torch.bfloat16:
             return None
-        rows = [piece.row for piece in pieces]
-        times = torch.full((max(rows) + 1,), float(self._time), dtype=torch.float64)
-        return seeds(times, j << 20)[rows]
+        rows, device = [piece.row for piece in pieces], pieces[0].grad.device
+        times = torch.full((max(rows) + 1,), float(self._time), dtype=torch.float64, device=device)
+        return seeds(times, j << 20)[torch.tensor(rows, device=device)]
 
     # ---- what is known of the noise, and what is reported ----------------------------------------------------------
 
@@ -325,5 +325,5 @@ class Bloop:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self._time, self._rho_now = state["time"], state["rho"]
-        device = self._optimizer.param_groups[0]["params"][0].device
-        self._noise = Noise(**state["noise"]).on(device, sum_dtype(device))
+        # On the host until the next measurement: under ZeRO-3 groups are empty between steps and show no device.
+        self._noise = Noise(**state["noise"]).on(torch.device("cpu"), torch.float64)

@@ -17,8 +17,9 @@ functions for what kernels do not take.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, call, is_, itemgetter
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -39,7 +40,10 @@ from hf_momentum.kernels import (
 # A part for plain torch is closed once it holds this many elements, which bounds its temporaries.
 _PART_ELEMENTS = 2**26
 
-# What the sorting of a list of tensors depends on.
+# Lists of so many kinds are remembered.
+_KNOWN = 8
+
+# What the sorting follows from. A wrapper may give other gradients in any step, so it is looked up every time, in C.
 _FACTS: tuple[Callable[[Any], Any], ...] = (
     type,
     attrgetter("dtype"),
@@ -121,19 +125,19 @@ class _Part:
 
     Attributes:
         places: which they are.
-        all: whether they are all entries, in order.
+        whole: whether they are all entries, in order.
         fused: whether kernels take them.
         device: where they lie.
     """
 
     places: tuple[int, ...]
-    all: bool
+    whole: bool
     fused: bool
     device: torch.device
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Its entries of a list."""
-        if self.all:
+        if self.whole:
             return list(tensors)
         return [tensors[self.places[0]]] if len(self.places) == 1 else list(itemgetter(*self.places)(tensors))
 
@@ -141,14 +145,15 @@ class _Part:
 class Passes:
     """The passes over lists of gradients and averages of any devices and dtypes, by kernels where they can be had.
 
-    Keep one for a run: it remembers how it sorted the lists, for as long as the averages are the same tensors and the
-    gradients like those before. It holds the averages, but no gradient.
+    Keep one for a run, and give it the same averages every time: it remembers how it sorted them with gradients like
+    these. It keeps no tensor alive.
 
     In every call `grads` and `emas` are lists of equal length whose entries have equal shapes and devices. Gradients
     are float32, bfloat16, float16 or float64; averages float32, float64, or bfloat16 that is rounded stochastically.
-    The latter need `seeds`: float64, one per entry, new ones in every step (`hf_momentum.kernels.seeds`). Numbers are
-    floats or 0-dim tensors, and these are not read back to the host. Where `skip`, 0-dim, is not 0 nothing is written;
-    the host waits for it only if there are entries that kernels do not take.
+    The latter need `seeds`: float64, one per entry, new ones in every step (`hf_momentum.kernels.seeds`), and on the
+    entries' device, since the host waits for a copy. Numbers are floats or 0-dim tensors, and these are not read back
+    to the host. Where `skip`, 0-dim, is not 0 nothing is written; the host waits for it only if there are entries that
+    kernels do not take.
 
     Raises:
         InputError: an average has another dtype, or not its gradient's shape or device, or wants a seed.
@@ -165,9 +170,7 @@ class Passes:
     """
 
     def __init__(self) -> None:
-        self._emas: list[Tensor] = []
-        self._facts: list[list[Any]] = []
-        self._parts: list[_Part] = []
+        self._known: list[tuple[list[list[Any]], list[ReferenceType[Tensor]], list[_Part]]] = []
 
     def sums(self, grads: Sequence[Tensor], emas: Sequence[Tensor]) -> Tensor:
         """`<e, b>, <e, e>, <b, b>` of each entry, `[entries, 3]` in float64 on the first entry's device."""
@@ -178,11 +181,11 @@ class Passes:
         for part in parts:
             b, e = part.of(grads), part.of(emas)
             if part.fused:
-                seeds = torch.zeros(len(e), dtype=torch.float64)  # not used: nothing is rounded
+                seeds = torch.zeros(len(e), dtype=torch.float64, device=part.device)  # nothing is rounded
                 found.append(rule(alignment_sums)(Gradients(b, b), _state(e, seeds)))
             else:
                 found.append(alignment_sums(e, b))
-        if parts[0].all:
+        if parts[0].whole:
             return found[0]
         table = torch.zeros(len(grads), 3, dtype=sum_dtype(grads[0].device), device=grads[0].device)
         rows = table.unbind()
@@ -230,27 +233,27 @@ class Passes:
         parts = self._sorted(grads, emas)
         if skip is not None and not all(part.fused for part in parts) and bool(skip):
             return
-        for part in parts:
-            b, e = part.of(grads), part.of(emas)
-            own = [x.to(part.device) if isinstance(x, Tensor) else x for x in numbers]
-            state = _state(e, _seeds_of(part, e, seeds))
+        states = [_state(e, _seeds_of(part, e, seeds)) for part in parts for e in [part.of(emas)]]
+        for part, state in zip(parts, states, strict=True):
+            b, own = part.of(grads), [x.to(part.device) if isinstance(x, Tensor) else x for x in numbers]
             if part.fused:
                 how = How(skip=None if skip is None else skip.to(part.device))
                 rule(function)(b, state, *own, how=how)
                 continue
-            values = state.decoded() if isinstance(state, Reduced) else e
+            values = state.decoded() if isinstance(state, Reduced) else state
             function(b, values, *own)
             if isinstance(state, Reduced):
                 state.encode_(values)
 
     def _sorted(self, grads: Sequence[Tensor], emas: Sequence[Tensor]) -> list[_Part]:
-        """The parts of the lists; those of the last call if nothing has changed that they follow from."""
+        """The parts of the lists, sorted anew only where they are not the averages and gradients like those before."""
         facts = [list(map(fact, grads)) for fact in _FACTS]
-        same = len(emas) == len(self._emas) and all(map(is_, emas, self._emas))
-        if not same or facts != self._facts:
-            self._parts = _parts(grads, emas)
-            self._emas, self._facts = list(emas), facts
-        return self._parts
+        for known, averages, parts in self._known:
+            if len(emas) == len(averages) and known == facts and all(map(is_, emas, map(call, averages))):
+                return parts
+        parts = _parts(grads, emas)
+        self._known = [(facts, [ref(e) for e in emas], parts), *self._known[: _KNOWN - 1]]
+        return parts
 
 
 def _parts(grads: Sequence[Tensor], emas: Sequence[Tensor]) -> list[_Part]:
@@ -291,7 +294,7 @@ def _state(e: list[Tensor], seeds: Tensor | None) -> State:
 
 
 def _seeds_of(part: _Part, e: list[Tensor], seeds: Tensor | None) -> Tensor | None:
-    if seeds is None or part.all or e[0].dtype != torch.bfloat16:
+    if seeds is None or part.whole or e[0].dtype != torch.bfloat16:
         return seeds
     rows = seeds.unbind()  # an index would be copied to the device and waited for
     return torch.stack([rows[i] for i in part.places]).to(part.device)

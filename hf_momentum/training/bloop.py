@@ -465,6 +465,7 @@ class SurgeryCallback(TrainerCallback, ExportableState):
         if state.global_step == 0:
             return
         now = self.state()
+        state.stateful_callbacks[type(self).__name__] = now  # the checkpoint may not know of it
         if not saved or not saved["auxiliaries"]:
             say("the checkpoint had no auxiliary objective; the average of main gradients begins anew", trainer)
             return

@@ -1,0 +1,69 @@
+"""Auxiliary objectives for TRL's trainers, whose datasets are tokenized as TRL tokenizes the main one.
+
+Needs the package `trl`, which is loaded when this module is.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from trl import DPOTrainer, SFTTrainer
+
+from hf_momentum.training.bloop import BloopMixin
+
+
+class BloopSFTTrainer(BloopMixin, SFTTrainer):
+    """Supervised fine-tuning with an auxiliary objective; arguments of `trl.SFTTrainer` and `BloopMixin`.
+
+    Auxiliary datasets may have every format that `SFTTrainer` takes: text, prompt and completion, or messages.
+
+    Example:
+        >>> BloopSFTTrainer.__mro__[1].__name__
+        'BloopMixin'
+    """
+
+    def prepare_auxiliary(self, dataset: Any, name: str) -> Any:
+        """Tokenize, and pack if the main data is packed."""
+        args = self.args
+        rows = self._prepare_dataset(dataset, self.processing_class, args, args.packing, self._formatting_func, name)
+        return self._remove_unused_columns(rows, description=f"auxiliary ({name})")
+
+    def compute_aux_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As for the main loss; TRL's logged accuracies stay those of the main data."""
+        with _metrics_aside(self):
+            return super().compute_aux_loss(*args, **kwargs)
+
+
+class BloopDPOTrainer(BloopMixin, DPOTrainer):
+    """Preference optimization with an auxiliary objective; arguments of `trl.DPOTrainer` and `BloopMixin`.
+
+    An auxiliary dataset holds preferences, too; for another kind of loss give `aux_loss_func`, with a collator for it.
+
+    Example:
+        >>> BloopDPOTrainer.__mro__[1].__name__
+        'BloopMixin'
+    """
+
+    def prepare_auxiliary(self, dataset: Any, name: str) -> Any:
+        """Tokenize prompt, chosen and rejected answers; data with a loss of its own is left as it is."""
+        if self._aux_loss_func is not None:
+            return dataset
+        rows = self._prepare_dataset(dataset, self.processing_class, self.args, name)
+        return self._remove_unused_columns(rows, description=f"auxiliary ({name})")
+
+    def compute_aux_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As for the main loss; TRL's logged rewards stay those of the main data."""
+        with _metrics_aside(self):
+            return super().compute_aux_loss(*args, **kwargs)
+
+
+@contextmanager
+def _metrics_aside(trainer: Any) -> Iterator[None]:
+    kept = trainer._metrics
+    trainer._metrics = {mode: defaultdict(list) for mode in kept}
+    try:
+        yield
+    finally:
+        trainer._metrics = kept
