@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -148,6 +148,7 @@ class Plan:
         words += [f"--seed={point.seed}", f"--data_seed={point.seed}", f"--output_dir={self.folder}"]
         words += [f"--{name}={value}" for name, value in _SET.items()]
         recipe = load_recipe(self.config, [*self.overrides, *words])
+        recipe.data.max_eval_examples = None  # the loader would draw others for every seed; see `_losses`
         if point.surgery == "replay":
             recipe.training.per_device_train_batch_size = sum(examples_per_device(recipe))
         return recipe
@@ -309,7 +310,7 @@ def run_point(made: Plan, point: Point) -> Record:
     except Exception as error:  # a grid of many hours goes on
         traceback.print_exc()
         status, message = "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    # A Trainer holds itself in circles; without this the next run begins beside the last one's weights and state.
+    # What lies in circles of references must not stay beside the next run's weights.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -318,13 +319,17 @@ def run_point(made: Plan, point: Point) -> Record:
 
 
 def _losses(made: Plan, point: Point) -> dict[str, float]:
-    recipe = made.recipe(point)
+    limit = load_recipe(made.config, made.overrides).data.max_eval_examples
+    recipe = made.recipe(point)  # the last one to be loaded: loading resets the state that a Trainer shares
     prepared = job.prepare(recipe)
     prepared.trainer.remove_callback(PrinterCallback)  # there is one line for each run, from the grid
     if point.surgery != BASE:
         prepared.trainer.train()
     found = {}
     for split in prepared.splits:
+        # The same for all seeds: else the choice of examples would widen every interval, and shift the base model.
+        if limit is not None and limit < len(split.examples):
+            split = replace(split, examples=split.examples.shuffle(seed=0).select(range(limit)))
         statistics = job.measure(prepared.trainer, split, "before" if point.surgery == BASE else "after")
         found[split.name] = float(metrics_of(recipe.model.task, split.bytes_per_token)["loss"](statistics.sum(0)))
     return found
@@ -599,9 +604,9 @@ def _fairness(recipe: Recipe) -> list[str]:
         f"auxiliary examples; replay sees {main + auxiliary} of one mixture, of which lambda / (1 + lambda) are "
         f"auxiliary; main only sees {main} main examples, and nothing in place of the auxiliary ones. In expectation "
         "the gradient of mixed is 1 + lambda times that of replay; the learning rate is the same.",
-        "A seed decides the order of the data, what is random in the model, and which examples are taken where the "
-        "recipe limits their number (also of the splits that are measured). It is the same for all methods, and "
-        "differences between methods are taken seed by seed. The base model was measured once, with the first seed.",
+        "A seed decides the order of the data, what is random in the model, and which training examples are taken "
+        "where the recipe limits their number. It is the same for all methods, and differences between methods are "
+        "taken seed by seed. All runs, and the base model once, are measured on the same examples.",
         "All methods share every other field of the recipe, the learning rate too: nothing was tuned for one of them.",
     ]
 
