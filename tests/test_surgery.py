@@ -272,6 +272,21 @@ def test_nothing_is_written_where_gradients_are_kept_apart(objective, value):
     assert any(not torch.isfinite(param.grad).all() for param in model.params), "a loss scaler must see it"
 
 
+@pytest.mark.parametrize("order", ["paper", "ema_first"])
+def test_a_loss_scale_leaves_the_average_unscaled(order):
+    """d is scaled, as whoever unscales it expects; the average and the noise ratio are not."""
+    rows, scales = stream("related", 2, steps=40), [2.0**8, 2.0**12]
+    arguments = {"lam": (0.5,), "rho": 0.1, "order": order, "intact": True}
+    plain, scaled = Model(Settings(**arguments)), Model(Settings(**arguments))
+    for number, gradients in enumerate(rows):
+        scale = scales[number % 2]
+        scaled.gradients = WholeGradients(scaled.optimizer, lambda scale=scale: scale)
+        wanted = plain.direction(gradients)
+        assert away(scaled.direction([scale * g for g in gradients]), scale * wanted) < 1e-9
+    assert away(scaled.average(), plain.average()) < 1e-9
+    assert scaled.surgery.noise() == pytest.approx(plain.surgery.noise(), rel=1e-9)
+
+
 def test_a_bad_auxiliary_gradient_is_seen_before_the_average_is_lent_anything():
     model = Model(Settings(lam=(0.5,), rho=0.1), torch.float32)
     rows = stream("related", 2, steps=4)
