@@ -35,7 +35,7 @@ MORE = [
     case("two-ema_first", "tam", auxiliaries=2, bloop={"lam": [0.7, 0.3], "ema_order": "ema_first"}),
     case("first_gradient", "ahb_sgd", bloop={"ema_init": "first_gradient"}),
     case("auto", "tam", bloop={"rho": "auto"}),
-    case("adam metric", "adamw", bloop={"surgery_metric": "adam"}),
+    case("adam metric", bloop={"surgery_metric": "adam"}),
     case("l2", "tam", auxiliaries=0, bloop={"lam": [0.01], "aux_loss": "l2"}),
     case("distance", "tam", bloop={"aux_loss": "distance", "lam": [0.7, 0.01]}),
     case("mixed", "tam", bloop={"surgery": "mixed"}),
@@ -45,9 +45,7 @@ MORE = [
     case("unclipped", "tam", max_grad_norm=0.0),
     case("checkpointing", "tam", fields={"gradient_checkpointing": True}),
 ]
-for entry in MORE:
-    if entry["label"] == "adam metric":
-        entry["optim"] = "adamw_torch"
+THIRDS = case("thirds", accumulation=3)
 ODD = [case("odd", "tam", size="odd"), case("odd-accumulation", size="odd", accumulation=2)]
 SAVED = {"save_strategy": "steps", "save_steps": 10, "save_total_limit": 2}
 STRAIGHT = [case(f"straight-{optim}", optim, fields=SAVED, bloop={"rho": "auto"}) for optim in ("tam", "adamw_torch")]
@@ -57,7 +55,8 @@ ALL = EVERYWHERE + MORE + STRAIGHT + RESUMED
 CASES = {
     "DDP": ALL,
     "FSDP2": ALL,
-    "HSDP": EVERYWHERE,
+    # Four processes share a batch of 12.
+    "HSDP": [*EVERYWHERE[:2], THIRDS, *EVERYWHERE[3:]],
     "ZeRO-0": [*EVERYWHERE[:3], MORE[0]],
     "ZeRO-1": EVERYWHERE + MORE[:3],
     "ZeRO-2": ALL,
@@ -75,7 +74,7 @@ CASES = {
 }
 SHORT = ["adamw", "accumulation", "ema_first", "two", "straight-tam", "resumed-tam"]
 SHORT_LAYOUTS = ("FSDP2", "ZeRO-2", "ZeRO-3")
-EVERY = {entry["label"]: entry for entry in ALL + ODD + HALF}
+EVERY = {entry["label"]: entry for entry in [*ALL, THIRDS, *ODD, *HALF]}
 # Where gradients are rounded to bf16; as in test_matrix.py.
 HALF_TOLERANCE = 5e-3
 

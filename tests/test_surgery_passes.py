@@ -266,7 +266,15 @@ def test_the_sorting_is_remembered_and_follows_what_changes(monkeypatch):
 
 def test_averages_of_other_dtypes_are_refused():
     with pytest.raises(InputError, match=r"emas\[0\] is torch.float16; keep averages in float32, float64 or bfloat16"):
-        Passes().sums([torch.ones(3)], [torch.ones(3).half()])
+        Passes().absorb([torch.ones(3)], [torch.ones(3).half()], 1.0, 0.1)
+
+
+def test_gradients_of_every_dtype_have_products_with_each_other():
+    """Baselines need those, and DeepSpeed's float16 keeps gradients in it."""
+    for dtype in DTYPES:
+        a, b = [torch.full((5000,), 0.5, dtype=dtype)], [torch.full((5000,), 2.0, dtype=dtype)]
+        assert Passes().sums(a, b).tolist() == [[5000.0, 20000.0, 1250.0]]
+        assert Passes().squares(b).tolist() == [20000.0]
 
 
 def test_no_tensor_is_kept_alive():

@@ -9,6 +9,7 @@ from hf_momentum.surgery.baselines import Combination
 from hf_momentum.surgery.bloop import Bloop
 from hf_momentum.surgery.measured import Averaged
 from hf_momentum.surgery.noise import SURVIVES, TOLERATED, survives
+from hf_momentum.surgery.passes import Passes, absorb_, project_and_lend_
 from hf_momentum.surgery.regulariser import Regulariser
 from hf_momentum.surgery.settings import SURGERIES, Settings, weights_of
 
@@ -18,10 +19,13 @@ __all__ = [
     "TOLERATED",
     "Bloop",
     "Combination",
+    "Passes",
     "Regulariser",
     "Settings",
     "Surgery",
+    "absorb_",
     "make_surgery",
+    "project_and_lend_",
     "survives",
     "weights_of",
 ]

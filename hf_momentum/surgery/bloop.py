@@ -154,6 +154,8 @@ class Bloop:
     def _after_in_place(self, step: _Step, objective: int, gradients: ReducedGradients) -> bool:
         pieces = gradients.pieces(self._needed)
         b, first = [piece.grad for piece in pieces], not step.done
+        if objective == 0 and not first:
+            return self._main_last(step, gradients, pieces, b)
         found = self._products(gradients, pieces, b, max(objective, 1))
         if not bool(torch.isfinite(found.plain_b)):
             self._step = None
@@ -161,7 +163,7 @@ class Bloop:
         if first:
             step.old_average = found.plain_e
         own = (found.b_b if objective else found.plain_b) if first else None
-        if step.sample is not None and (objective == 0 or self.settings.metric == "euclidean"):
+        if step.sample is not None and self.settings.metric == "euclidean":
             own = total(gradients.layout, pieces, added(pieces, step.sample))[0]
         step.done.append(objective)
         following = self.sequence[len(step.done)] if len(step.done) < len(self.sequence) else None
@@ -175,7 +177,9 @@ class Bloop:
             self._project(step, b, pieces, i, c, lends=i == following)
         if following is not None and len(coefficients) <= following < self.auxiliaries:
             self._project(step, b, pieces, following, 0.0, lends=True)
-        self._measure(step, objective, found, removed, coefficients, own)
+        self._measure(objective, found, removed, coefficients, own)
+        if objective == 0:
+            self._see_noise(step, own)
 
         if following is None:
             self._finish(step)
@@ -186,6 +190,23 @@ class Bloop:
         step.before = self._products(gradients, pieces, b, following).e_b if upwards else None
         step.sample = sample(pieces, self._time) if self._time % _EVERY == 0 else None
         gradients.keep()
+        return True
+
+    def _main_last(
+        self, step: _Step, gradients: ReducedGradients, pieces: Sequence[GradientPiece], b: list[Tensor]
+    ) -> bool:
+        """The main gradient on top of a buffer that is orthogonal to the average: it stays as it is."""
+        squares = [self._passes.squares(b)[:, None]]
+        if step.sample is not None:
+            squares.append(added(pieces, step.sample))
+        sums = total(gradients.layout, pieces, torch.cat(squares, 1))
+        if not bool(torch.isfinite(sums[0])):
+            self._step = None
+            return False
+        self._absorb(b, pieces, 0, 1.0, step.rho)
+        self._see_noise(step, sums[1] if step.sample is not None else None)
+        self._finish(step)
+        gradients.settle()
         return True
 
     # ---- gradients kept apart --------------------------------------------------------------------------------------
@@ -209,7 +230,7 @@ class Bloop:
             return False
 
         step.old_average = main.plain_e
-        self._measure(step, 0, main, main.e_b, [], main.plain_b / scale**2)
+        self._see_noise(step, main.plain_b / scale**2)
         if self.settings.order == "ema_first":
             for k in range(last):
                 self._absorb(parts[k], pieces, k, 1 - step.rho, step.rho / (self.weight(k) * scale))
@@ -220,7 +241,7 @@ class Bloop:
             coefficients = self._coefficients(found, found.e_b, k)
             for i, c in enumerate(coefficients):
                 self._project(step, parts[k], pieces, i, c, lends=False)
-            self._measure(step, k, found, found.e_b, coefficients, found.b_b)
+            self._measure(k, found, found.e_b, coefficients, found.b_b)
         if self.settings.order == "paper":
             self._absorb(parts[0], pieces, 0, 1 - step.rho, step.rho / scale)
         for k in range(1, last + 1):
@@ -285,9 +306,13 @@ class Bloop:
 
     # ---- what is known of the noise, and what is reported ----------------------------------------------------------
 
+    def _see_noise(self, step: _Step, squared_norm: Tensor | None) -> None:
+        if squared_norm is not None and step.old_average is not None:
+            noise = self._noise.on(squared_norm.device, squared_norm.dtype)
+            self._noise = noise.measured(step.old_average, squared_norm)
+
     def _measure(
         self,
-        step: _Step,
         objective: int,
         found: Products,
         products: Tensor,
@@ -295,12 +320,7 @@ class Bloop:
         own: Tensor | None,
     ) -> None:
         """Note what the objective's gradient was to the averages; `own` is its squared norm, where it was measured."""
-        if own is None:
-            return
-        if objective == 0:
-            if step.old_average is not None:
-                noise = self._noise.on(own.device, own.dtype)
-                self._noise = noise.measured(step.old_average, own)
+        if own is None or objective == 0:
             return
         label = "" if self.auxiliaries == 1 else f"_{objective}"
         lengths = (own * found.gram[0, 0]).sqrt()

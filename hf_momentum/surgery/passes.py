@@ -33,6 +33,7 @@ from hf_momentum.kernels import (
     alignment_sums,
     choice,
     rule,
+    squared_norms,
     sum_dtype,
     weight_seed,
 )
@@ -193,6 +194,13 @@ class Passes:
             torch._foreach_copy_([rows[i] for i in part.places], list(sums.to(table).unbind()))
         return table
 
+    def squares(self, grads: Sequence[Tensor]) -> Tensor:
+        """`<b, b>` of each entry, `[entries]` in float64."""
+        if grads and choice.takes(grads, grads):
+            found: Tensor = rule(squared_norms)(Gradients(grads, grads))
+            return found[:, 0]
+        return squared_norms(grads)
+
     def project_and_lend(
         self,
         grads: Sequence[Tensor],
@@ -230,6 +238,9 @@ class Passes:
         seeds: Tensor | None,
         skip: Tensor | None,
     ) -> None:
+        for i, e in enumerate(emas):
+            if e.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+                raise InputError(f"emas[{i}] is {e.dtype}; keep averages in float32, float64 or bfloat16")
         parts = self._sorted(grads, emas)
         if skip is not None and not all(part.fused for part in parts) and bool(skip):
             return
@@ -262,7 +273,8 @@ def _parts(grads: Sequence[Tensor], emas: Sequence[Tensor]) -> list[_Part]:
     elements: dict[tuple[Any, ...], int] = {}
     for i, (b, e) in enumerate(zip(grads, emas, strict=True)):
         _check(i, b, e)
-        fused = e.dtype != torch.float64 and e.is_contiguous() and type(e) is Tensor and not choice.obstacle(b, b)
+        kept = e.dtype in (torch.float32, torch.bfloat16) and e.is_contiguous() and type(e) is Tensor
+        fused = kept and not choice.obstacle(b, b)
         key = (b.device, b.dtype, e.dtype, fused)
         if not fused and key in places and elements[key] + b.numel() > _PART_ELEMENTS:
             closed.append((key, places.pop(key)))
@@ -275,8 +287,6 @@ def _parts(grads: Sequence[Tensor], emas: Sequence[Tensor]) -> list[_Part]:
 
 
 def _check(i: int, b: Tensor, e: Tensor) -> None:
-    if e.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise InputError(f"emas[{i}] is {e.dtype}; keep averages in float32, float64 or bfloat16")
     if b.shape != e.shape or b.device != e.device:
         raise InputError(
             f"grads[{i}] has shape {tuple(b.shape)} on {b.device} and emas[{i}] {tuple(e.shape)} on {e.device}; "
