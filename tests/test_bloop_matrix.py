@@ -46,7 +46,7 @@ MORE = [
     case("checkpointing", "tam", fields={"gradient_checkpointing": True}),
 ]
 THIRDS = case("thirds", accumulation=3)
-ODD = [case("odd", "tam", size="odd"), case("odd-accumulation", size="odd", accumulation=2)]
+ODD = [case("odd", "tam", size="odd"), case("odd-accumulation", "tam", size="odd", accumulation=2)]
 SAVED = {"save_strategy": "steps", "save_steps": 10, "save_total_limit": 2}
 STRAIGHT = [case(f"straight-{optim}", optim, fields=SAVED, bloop={"rho": "auto"}) for optim in ("tam", "adamw_torch")]
 RESUMED = [{**entry, "label": entry["label"].replace("straight", "resumed"), "resumes": True} for entry in STRAIGHT]

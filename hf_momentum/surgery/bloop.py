@@ -266,7 +266,13 @@ class Bloop:
         """sqrt(v) + eps of Adam's last step; None before the first one, whose projection is the identity anyway."""
         if self._time == 0:
             return None
-        eps = {id(p): group.get("eps", 0.0) for group in self._optimizer.param_groups for p in group["params"]}
+        groups = self._optimizer.param_groups
+        eps = {id(p): group.get("eps", 0.0) for group in groups for p in group["params"]}
+        # Under ZeRO-3 the groups are empty between steps.
+        common = {group.get("eps", 0.0) for group in groups}
+        if len(common) > 1 and any(id(piece.holder) not in eps for piece in pieces):
+            raise InputError(f"metric is adam, and under ZeRO-3 all groups must have the same eps; they have {common}")
+        shared = min(common)
         moments = [self._optimizer.state.get(piece.holder, {}).get("exp_avg_sq") for piece in pieces]
         if not all(isinstance(v, Tensor | None) for v in moments) or all(v is None for v in moments):
             raise InputError(
@@ -275,7 +281,7 @@ class Bloop:
             )
         return [
             # A tensor that has taken no step yet has no average either.
-            torch.ones_like(piece.grad) if v is None else piece.piece.of(v).sqrt() + eps[id(piece.holder)]
+            torch.ones_like(piece.grad) if v is None else piece.piece.of(v).sqrt() + eps.get(id(piece.holder), shared)
             for piece, v in zip(pieces, moments, strict=True)
         ]
 

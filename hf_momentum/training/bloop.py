@@ -206,12 +206,14 @@ class BloopMixin:
         if self.auxiliaries and self.surgery is None:
             base = base_optimizer(optimizer)
             self._given = [[weakref.ref(param) for param in group["params"]] for group in base.param_groups]
-            self.surgery = make_surgery(base, self.settings, steps=1)
-            self._carrier = base
-            for one in self.auxiliaries:
-                if self._is_regulariser(one):
-                    one.regulariser = Regulariser(one.name, base)
+            self._carry(base)
         return optimizer
+
+    def _carry(self, base: torch.optim.Optimizer) -> None:
+        self._carrier, self.surgery = base, make_surgery(base, self.settings, steps=1)
+        for one in self.auxiliaries:
+            if self._is_regulariser(one):
+                one.regulariser = Regulariser(one.name, base)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The main micro-batches of one update, remembered for a second loss on them."""
@@ -272,11 +274,13 @@ class BloopMixin:
         if not self.auxiliaries:
             return
         base = base_optimizer(self.optimizer)
-        if self.surgery is None or base is not self._carrier:
+        if self.surgery is None:
             raise InputError(
-                f"{type(base).__name__} was built by something else than this Trainer, after it; remove the optimizer "
-                "block from the DeepSpeed JSON, and name it by --optim"
+                f"{type(base).__name__} was not built by this Trainer, so that its parameters cannot be told apart; "
+                "remove the optimizer block from the DeepSpeed JSON, and name it by --optim"
             )
+        if base is not self._carrier:  # with offload Accelerate puts DeepSpeedCPUAdam in the place of torch's AdamW
+            self._carry(base)
         self.surgery.steps = state.max_steps
         self._callback.continue_from(state)
         scaler = self.accelerator.scaler
