@@ -368,6 +368,11 @@ def test_trl_trainers_take_the_mix_in(tmp_path):
         processing_class=byte_tokenizer(128), aux_train_dataset=other, bloop=BloopArguments(lam=0.5),
     )  # fmt: skip
     sft.train()
+    with pytest.raises(InputError, match="there is no auxiliary objective"):
+        BloopSFTTrainer(
+            model, args=SFTConfig(output_dir=str(tmp_path / "none"), **common), train_dataset=text,
+            processing_class=byte_tokenizer(128),
+        )  # fmt: skip
     rows = [row for row in sft.state.log_history if "loss" in row]
     assert len(rows) == 3 and all("aux_loss" in row and "mean_token_accuracy" in row for row in rows)
 

@@ -198,6 +198,10 @@ class BloopMixin:
             return self._aux_loss_func(model, inputs)
         return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
 
+    def auxiliary_context(self) -> AbstractContextManager[Any]:
+        """Entered around `compute_aux_loss`, for Trainers whose `compute_loss` does more than that."""
+        return nullcontext()
+
     # ---- where the Trainer calls -----------------------------------------------------------------------------------
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -245,7 +249,8 @@ class BloopMixin:
             return super().compute_loss(model, inputs, *args, **kwargs)
         one = self.auxiliaries[self._objective - 1]
         try:
-            loss = self.compute_aux_loss(model, inputs, one.name, kwargs.get("num_items_in_batch"))
+            with self.auxiliary_context():
+                loss = self.compute_aux_loss(model, inputs, one.name, kwargs.get("num_items_in_batch"))
         except (TypeError, KeyError, ValueError) as error:
             if self.state.global_step > 0:
                 raise

@@ -5,10 +5,9 @@ Needs the package `trl`, which is loaded when this module is.
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import torch
 from trl import DPOTrainer, SFTTrainer
 
 from hf_momentum.training.bloop import BloopMixin
@@ -30,10 +29,9 @@ class BloopSFTTrainer(BloopMixin, SFTTrainer):
         rows = self._prepare_dataset(dataset, self.processing_class, args, args.packing, self._formatting_func, name)
         return self._remove_unused_columns(rows, description=f"auxiliary ({name})")
 
-    def compute_aux_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As for the main loss; TRL's logged accuracies stay those of the main data."""
-        with _metrics_aside(self):
-            return super().compute_aux_loss(*args, **kwargs)
+    def auxiliary_context(self) -> AbstractContextManager[None]:
+        """TRL's logged accuracies stay those of the main data."""
+        return _metrics_aside(self)
 
 
 class BloopDPOTrainer(BloopMixin, DPOTrainer):
@@ -53,10 +51,9 @@ class BloopDPOTrainer(BloopMixin, DPOTrainer):
         rows = self._prepare_dataset(dataset, self.processing_class, self.args, name)
         return self._remove_unused_columns(rows, description=f"auxiliary ({name})")
 
-    def compute_aux_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As for the main loss; TRL's logged rewards stay those of the main data."""
-        with _metrics_aside(self):
-            return super().compute_aux_loss(*args, **kwargs)
+    def auxiliary_context(self) -> AbstractContextManager[None]:
+        """TRL's logged rewards stay those of the main data."""
+        return _metrics_aside(self)
 
 
 @contextmanager
