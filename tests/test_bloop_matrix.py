@@ -162,7 +162,9 @@ def test_the_single_process_trajectory(layout, label, launched, single):
     assert max(surgery["removed_fraction"]) > 0.01
     if not label.endswith("bf16") and label == alone:
         for name in ("aux_loss", "aux_cosine", "removed_fraction", "noise_ratio", "rho"):
-            assert surgery[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-6), name
+            # After one step Adam's weights 1 / (sqrt(v) + eps) are largest where v is little more than rounding.
+            tolerance = 1e-3 if label == "adam metric" else 1e-4
+            assert surgery[name] == pytest.approx(wanted[name], rel=tolerance, abs=1e-6), name
     kept = found["averages"]
     assert kept["elements"] == kept["held"] > 0, "the average is cut like the parameters"
 
