@@ -8,7 +8,7 @@ PIP    := DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-vers
 # Nothing here needs the network after installation; the Hub client must not wait for it.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-all matrix bench bench-training curves style format clean help
+.PHONY: quickstart test test-all matrix matrix-bloop bench-surgery bench bench-training curves style format clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -40,6 +40,15 @@ matrix: $(VENV)/dev.stamp ## every optimizer under every layout against one proc
 	$(OFFLINE) $(BIN)/python -m pytest tests/test_matrix.py tests/test_sharding.py -k "not tables_of_support" \
 		--write-support docs/support.json
 	$(BIN)/python scripts/support_table.py
+
+# The results go into docs/scale.md.
+matrix-bloop: $(VENV)/dev.stamp ## Bloop and its baselines under every layout against one process (about ten minutes)
+	$(OFFLINE) $(BIN)/python -m pytest tests/test_bloop_matrix.py tests/test_reduced_gradients.py
+
+# The results go into docs/methods/bloop.md.
+bench-surgery: $(VENV)/base.stamp ## time and memory of a Bloop step on the CPU
+	$(OFFLINE) $(BIN)/python scripts/bench_surgery.py --output docs/performance_surgery.json
+	$(OFFLINE) $(BIN)/python scripts/bench_surgery.py --memory plain mixed bloop
 
 # The results of these three go into docs/performance.md.
 bench: $(VENV)/base.stamp ## time complete optimizer steps against torch's own on the CPU

@@ -508,6 +508,11 @@ def test_what_is_not_accepted_is_said(arguments, message):
         Settings(**{"lam": (0.1,), **arguments})
 
 
+def test_an_auxiliary_without_weight_is_refused():
+    with pytest.raises(InputError, match="lam holds 0"):
+        Bloop(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), Settings(lam=(0.5, 0.0)), steps=1)
+
+
 def test_weights_must_fit_the_auxiliaries():
     with pytest.raises(InputError, match="lam has 2 values for 3 auxiliaries"):
         weights_of([0.1, 0.2], ["a", "b", "c"])

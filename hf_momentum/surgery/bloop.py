@@ -77,6 +77,9 @@ class Bloop:
         settings: lam, rho, order, init, dtype, metric, and whether gradients are kept apart (`intact`).
         steps: planned length of the run; rho="auto" does not average over more than a tenth of it.
 
+    Raises:
+        InputError: an auxiliary has weight 0.
+
     State: `bloop_ema` (for several auxiliaries also `bloop_ema_1`, ...) per parameter in the optimizer's state; a few
     numbers in `state_dict()`.
 
@@ -96,6 +99,8 @@ class Bloop:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, settings: Settings, steps: int) -> None:
+        if 0 in settings.lam:
+            raise InputError("lam holds 0: an auxiliary objective without weight; leave it out")
         self.settings, self.steps = settings, steps
         self.auxiliaries = len(settings.lam)
         self.names = [f"bloop_ema_{j}" if j else "bloop_ema" for j in range(self.auxiliaries)]
@@ -123,8 +128,8 @@ class Bloop:
         """Work an objective's gradient in, which has just been added to the buffers and reduced.
 
         Returns:
-            Whether it is finite. If it is not, nothing has been written, neither gradient nor averages; but an average
-            that was lent to (see above) can be made whole again only where gradients are kept `intact`.
+            Whether it is finite. If it is not, the averages have not been written to; but one that was lent to before
+            (see above) stays so, unless gradients are kept `intact`: whoever has not asked for that must stop.
         """
         if self._step is None:
             self._step = _Step(self._rho())
