@@ -106,7 +106,7 @@ LAUNCHES = {
     "ZeRO-2, 3 processes": Launch("zero2", 3, *PARTITION, EVERYWHERE),
     "ZeRO-3, 3 processes": Launch("zero3", 3, *PARTITIONED, EVERYWHERE),
 }
-SHORT = ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3")
+SHORT = ("ZeRO-2", "ZeRO-3")
 
 
 def parameters(which: str) -> list[Any]:
