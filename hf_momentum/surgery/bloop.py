@@ -226,8 +226,8 @@ class Bloop:
         parts |= {k: aligned(pieces, taken) for k, taken in step.taken.items()}
         last, scale = self.auxiliaries, gradients.loss_scale()
         main = self._products(gradients, pieces, parts[0], 1)
-        squares = [main.plain_b, *(self._products(gradients, pieces, parts[k], 1).plain_b for k in step.taken)]
-        if not bool(torch.isfinite(torch.stack(squares)).all()):
+        squares = torch.stack([self._passes.squares(parts[k]) for k in parts], 1)
+        if not bool(torch.isfinite(total(gradients.layout, pieces, squares)).all()):
             for k in step.taken:  # a loss scaler sees from the gradient that the step is to be skipped
                 torch._foreach_add_(parts[0], parts[k])
             self._step = None

@@ -57,7 +57,6 @@ class GlobalOrder:
 
 
 def auxiliary_loader(
-    name: str,
     dataset: Dataset[Any],
     collator: Callable[[list[Any]], Any],
     order: GlobalOrder,
@@ -68,7 +67,7 @@ def auxiliary_loader(
 
     Example:
         >>> order = GlobalOrder(3, batch=2, processes=1, process=0, seed=0, shuffled=False)
-        >>> next(iter(auxiliary_loader("code", [1, 2, 3], torch.tensor, order)))
+        >>> next(iter(auxiliary_loader([1, 2, 3], torch.tensor, order)))
         tensor([1, 2])
     """
     return DataLoader(

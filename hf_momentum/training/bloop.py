@@ -309,7 +309,7 @@ class BloopMixin:
             start=self._samples,
         )
         workers, pin = args.dataloader_num_workers, args.dataloader_pin_memory
-        return auxiliary_loader(one.name, one.dataset, one.collator, order, workers, pin)
+        return auxiliary_loader(one.dataset, one.collator, order, workers, pin)
 
     @property
     def _aux_batch_size(self) -> int:
@@ -446,7 +446,14 @@ class BloopTrainer(BloopMixin, MomentumTrainer):
 
 
 class SurgeryCallback(TrainerCallback, ExportableState):
-    """Runs the auxiliary objectives before the main one, and carries the surgery's few numbers in every checkpoint."""
+    """Runs the auxiliary objectives before the main one, and carries the surgery's few numbers in every checkpoint.
+
+    `BloopMixin` adds it by itself.
+
+    Example:
+        >>> SurgeryCallback.__name__  # the key of its numbers under `stateful_callbacks` in trainer_state.json
+        'SurgeryCallback'
+    """
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = weakref.proxy(trainer)
