@@ -10,20 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from hf_momentum.evaluation.intervals import Interval, holm, t_interval, t_quantile, t_test, t_within
 from hf_momentum.evaluation.pareto import (
     MAIN_ONLY,
-    Interval,
     ParetoReport,
     Run,
     compare,
     fronts_figure,
-    holm,
     hypervolume,
     non_dominated,
-    t_interval,
-    t_quantile,
-    t_test,
-    t_within,
 )
 
 LOSSES = arrays(
