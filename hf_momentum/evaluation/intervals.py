@@ -1,4 +1,4 @@
-"""Intervals and tests over seeds: Student's t, paired by seed, and Holm's correction for several comparisons at once."""
+"""Intervals and tests over seeds: Student's t, paired by seed, and Holm's correction for several comparisons."""
 
 import math
 import statistics
