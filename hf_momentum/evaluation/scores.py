@@ -61,6 +61,25 @@ def classification_rows(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     )
 
 
+def predicted_rows(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Rows of a classifier of which only the predicted classes are known; what needs more than them is NaN.
+
+    Raises:
+        InputError: a class below 0, or not as many predictions as labels.
+
+    Example:
+        >>> predicted_rows(np.array([1, 0]), np.array([1, 1]))
+        array([[nan,  1.,  1., nan,  1.,  1.],
+               [nan,  1.,  0., nan,  0.,  1.]])
+    """
+    if predicted.shape != labels.shape:
+        raise InputError(f"{len(predicted)} predictions for {len(labels)} labels; give one for each")
+    if min(predicted.min(initial=0), labels.min(initial=0)) < 0:
+        raise InputError(f"classes count from 0, got {min(predicted.min(), labels.min())}")
+    one, unknown = np.ones(len(labels)), np.full(len(labels), np.nan)
+    return np.stack([unknown, one, predicted == labels, unknown, predicted, labels], axis=1)
+
+
 def generation_rows(predictions: Sequence[str], references: Sequence[str], normalise: bool = False) -> np.ndarray:
     """Per example: one, and whether the text is the reference.
 
@@ -143,8 +162,8 @@ def scorer(task: str, classes: int = 0, bytes_per_token: float = 1.0, metrics: S
         metrics: names, the main one first; all of the task without, but `f1_binary`.
 
     The metrics: `loss` in nats per token or example, `perplexity` its exponential, `bits_per_byte` the loss in bits
-    over `bytes_per_token`, `token_accuracy` and `accuracy` shares that are right. `f1` is the mean over the classes that
-    occur (as label or as prediction) of 2 TP / (2 TP + FP + FN), and `f1_binary` that of class 1 of 2.
+    over `bytes_per_token`, `token_accuracy` and `accuracy` shares that are right. `f1` is the mean over the classes
+    that occur (as label or as prediction) of 2 TP / (2 TP + FP + FN), and `f1_binary` that of class 1 of 2.
     `calibration_error` is the expected calibration error (Guo et al., 2017): over 15 bins of equal width, the absolute
     difference of accuracy and mean confidence, weighted by the bin's share of the examples.
 
@@ -232,6 +251,20 @@ def bin_of(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
 
 
 # ---- scores of rows --------------------------------------------------------------------------------------------------
+
+
+def values(scorer: Scorer, rows: np.ndarray) -> dict[str, float]:
+    """Each metric without an interval.
+
+    Raises:
+        InputError: there is no row.
+
+    Example:
+        >>> values(scorer("generation"), generation_rows(["a", "b"], ["a", "c"]))
+        {'exact_match': 0.5}
+    """
+    sums = _columns(scorer, rows).sum(0)
+    return {name: float(metric(sums)) for name, metric in scorer.metrics.items()}
 
 
 def scores(scorer: Scorer, rows: np.ndarray, seed: int = 0) -> dict[str, Estimate]:
