@@ -1,4 +1,7 @@
-"""The one exception that means "the user can mend this": the command line prints it as a single line."""
+"""What the user can mend: exceptions that the command line prints as a single line, and the word that was meant."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -23,3 +26,14 @@ class TrainingStopped(RuntimeError):
         ...
         hf_momentum.errors.TrainingStopped: loss is nan at step 3
     """
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """` (did you mean ...?)` for the candidates that resemble `name`, or nothing.
+
+    Example:
+        >>> nearest("adatmw", ["tam", "adatamw", "adatam"])
+        " (did you mean 'adatamw' or 'adatam'?)"
+    """
+    close = difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.5)
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""

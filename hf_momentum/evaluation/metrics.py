@@ -133,6 +133,24 @@ def changes(
     }
 
 
+def independent_changes(
+    before: Statistics, after: Statistics, metrics: Mapping[str, Callable[[np.ndarray], np.ndarray]], seed: int = 0
+) -> dict[str, Estimate]:
+    """After minus before for each metric, of two samples that share no example: each is resampled on its own.
+
+    Example:
+        >>> statistics = np.array([[1.0, 1.0, 1.0], [3.0, 1.0, 0.0]] * 50)
+        >>> loss = {"loss": metrics_of("sequence_classification", 1.0)["loss"]}
+        >>> str(independent_changes(statistics, statistics[:60], loss)["loss"])
+        '0.000 [-0.307, 0.313]'
+    """
+    first, second = _resampled_sums(before, seed), _resampled_sums(after, seed + 1)
+    return {
+        name: _estimate(metric(after.sum(0)) - metric(before.sum(0)), metric(second) - metric(first))
+        for name, metric in metrics.items()
+    }
+
+
 def _resampled_sums(statistics: Statistics, seed: int) -> np.ndarray:
     """[resamples, columns]: sums over examples drawn with replacement, as counts of how often each was drawn."""
     count = len(statistics)

@@ -8,8 +8,7 @@ from typing import Any
 
 from hf_momentum.evaluation import plots
 from hf_momentum.evaluation.metrics import Estimate
-
-LOWER_IS_BETTER = {"loss", "perplexity", "bits_per_byte"}
+from hf_momentum.evaluation.scores import LOWER_IS_BETTER
 
 
 @dataclass(frozen=True)

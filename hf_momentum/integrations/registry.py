@@ -1,6 +1,5 @@
 """The one registry of optimizer names: what `--optim`, `create_optimizer` and the command line offer."""
 
-import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any, get_type_hints
 import torch
 
 from hf_momentum.errors import InputError
+from hf_momentum.errors import nearest as nearest  # its old place
 from hf_momentum.optim import (
     AHBSGD,
     TAM,
@@ -105,17 +105,6 @@ def arguments_of(function: Any, without: Iterable[str]) -> dict[str, Argument]:
     """
     hints, parameters = get_type_hints(function), inspect.signature(function).parameters
     return {name: Argument(name, hints[name], parameters[name].default) for name in parameters if name not in without}
-
-
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """` (did you mean ...?)` for the candidates that resemble `name`, or nothing.
-
-    Example:
-        >>> nearest("adatmw", ["tam", "adatamw", "adatam"])
-        " (did you mean 'adatamw' or 'adatam'?)"
-    """
-    close = difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.5)
-    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
 def _registry(*specs: OptimizerSpec) -> Mapping[str, OptimizerSpec]:
