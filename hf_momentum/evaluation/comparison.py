@@ -16,8 +16,8 @@ from typing import Any
 
 from hf_momentum.evaluation import tuning
 from hf_momentum.evaluation.intervals import Interval, difference, holm, t_interval, t_test
-from hf_momentum.evaluation.results import RunScores, SplitFacts
-from hf_momentum.evaluation.robustness import Line, effective_robustness, fit_line
+from hf_momentum.evaluation.results import Point, RunScores, SplitFacts
+from hf_momentum.evaluation.robustness import Fit, fit
 from hf_momentum.evaluation.scores import LOWER_IS_BETTER
 
 LEVEL = 0.05  # of all differences of one table together
@@ -265,7 +265,7 @@ class ComparisonReport:
     def _named(self, role: str) -> list[str]:
         return [split.name for split in self.splits if split.role == role]
 
-    def place(self, run: RunScores) -> tuple[float, float] | None:
+    def place(self, run: RunScores) -> Point | None:
         """Mean of the metric over in-distribution splits, and over shifted ones; None unless both were measured."""
         means = []
         for role in ("in distribution", "shifted"):
@@ -274,14 +274,14 @@ class ComparisonReport:
             if not known or len(known) < len(values):
                 return None
             means.append(statistics.fmean(known))
-        return means[0], means[1]
+        return Point(run.method, means[0], means[1])
 
     @cached_property
-    def line(self) -> Line | None:
+    def line(self) -> Fit:
         """What the baseline's own runs, at all its learning rates and seeds, say that a shifted score should be."""
         runs = [run for run in self.runs if run.method == self.baseline and run.status == "finished"]
         places = [place for place in map(self.place, runs) if place is not None]
-        return fit_line(places, self.metric) if places else None
+        return fit(places, "linear" if self.lower_is_better else "logit")
 
     def shift_figures(self) -> dict[str, dict[str, Interval]]:
         """By method: scores in and out of distribution, gap, worst split, robustness, forgetting; over seeds."""
@@ -299,11 +299,11 @@ class ComparisonReport:
         place = self.place(run)
         if place is not None:
             shifted = [run.scores[split][self.metric] for split in self._named("shifted")]
-            found["in distribution"], found["shifted"] = place
-            found["gap"] = place[1] - place[0]
+            found["in distribution"], found["shifted"] = place.in_distribution, place.shifted
+            found["gap"] = place.shifted - place.in_distribution
             found["worst shifted split"] = max(shifted) if self.lower_is_better else min(shifted)
-            if self.line is not None:
-                found["effective robustness"] = effective_robustness(self.line, *place)
+            if self.line.line is not None:
+                found["effective robustness"] = self.line.line.effective_robustness(place)
         forgotten = [
             run.scores[split][self.metric] - self.base[split][self.metric]
             for split in self._named("must not forget")
@@ -360,11 +360,11 @@ class ComparisonReport:
     def _with_figures(self, one: Difference) -> str:
         assert one.size is not None
         sign = "+" if one.size.mean > 0 else ""
-        shown = one.size.shown(self._digits)
+        shown = one.size.shown(self.digits)
         return f"{one.split} ({self.metric} {sign}{shown}, p = {one.adjusted:.2g})"
 
     @property
-    def _digits(self) -> int:
+    def digits(self) -> int:
         """Digits behind the point that show the differences to about three places."""
         sizes = [abs(one.size.mean) for one in (*self.against_baseline, *self.against_controls) if one.size]
         largest = max(sizes, default=0.0)

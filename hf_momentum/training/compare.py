@@ -306,6 +306,57 @@ def learning_rates(made: Plan, records: Mapping[str, RunScores]) -> dict[str, fl
     return found
 
 
+# ---- the words of the command line -----------------------------------------------------------------------------------
+
+
+def listed(text: str) -> list[str]:
+    """The words of a list with commas.
+
+    Example:
+        >>> listed("adamw_torch, tam"), listed("")
+        (['adamw_torch', 'tam'], [])
+    """
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def pairs(option: str, between: str, words: Sequence[str]) -> dict[str, str]:
+    """NAME and what belongs to it, of an option that may be given several times.
+
+    Raises:
+        InputError: a word has no such form, or a name comes twice.
+
+    Example:
+        >>> pairs("with", ":", ["tam:gamma=0.95"])
+        {'tam': 'gamma=0.95'}
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        name, separator, value = word.partition(between)
+        if not separator or not name or not value:
+            raise InputError(f"--{option} {word!r} is not of the form NAME{between}VALUE")
+        if name in found:
+            raise InputError(f"--{option} is given twice for {name!r}")
+        found[name] = value
+    return found
+
+
+def rates(words: Sequence[str]) -> dict[str, float]:
+    """Learning rates by name, of `--lr NAME=VALUE`.
+
+    Raises:
+        InputError: a value is no number.
+
+    Example:
+        >>> rates(["tam=0.02"])
+        {'tam': 0.02}
+    """
+    given = pairs("lr", "=", words)
+    try:
+        return {name: float(value) for name, value in given.items()}
+    except ValueError as error:
+        raise InputError(f"--lr takes numbers, as in tam=0.02; got {', '.join(words)}") from error
+
+
 # ---- checking --------------------------------------------------------------------------------------------------------
 
 

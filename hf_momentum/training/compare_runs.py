@@ -76,8 +76,8 @@ def _measured(made: Plan, run: Run) -> RunScores:
         trainer.train()
     seconds, peak = time.perf_counter() - started, job.peak_memory(recipe.training.device)
     validation = Split("validation", "validation", "", trainer.eval_dataset, 1.0)  # type: ignore[arg-type]
-    selected = _metrics(recipe, trainer, validation)[made.selection]
-    scores = {split.name: _metrics(recipe, trainer, split) for split in prepared.splits if _wanted(made, run, split)}
+    selected = metrics_on(recipe, trainer, validation)[made.selection]
+    scores = {split.name: metrics_on(recipe, trainer, split) for split in prepared.splits if _wanted(made, run, split)}
     for name, values in {"validation": {made.selection: selected}, **scores}.items():
         if not all(map(math.isfinite, values.values())):
             raise TrainingStopped(f"a score on {name} is not finite after training")
@@ -105,7 +105,8 @@ def _wanted(made: Plan, run: Run, split: Split) -> bool:
     return run.method != BASE or split.role == "must not forget"
 
 
-def _metrics(recipe: Recipe, trainer: Any, split: Split) -> dict[str, float]:
+def metrics_on(recipe: Recipe, trainer: Any, split: Split) -> dict[str, float]:
+    """Every metric of the task on one split, of the model as it is now."""
     classes = trainer.model.config.num_labels if recipe.model.task != "causal_lm" else 0
     of = scorer(recipe.model.task, classes, split.bytes_per_token)
     sums = of.columns(job.measure(trainer, split, "after")).sum(0)
@@ -300,7 +301,7 @@ def _line(made: Plan, run: Run, record: RunScores) -> str:
     shown = [f"validation {made.selection} {record.validation:.4g}"]
     if run.role == "test" and first is not None:
         shown += [f"{name} {values[made.metric]:.4g}" for name, values in record.scores.items()]
-    return f"{run}: {', '.join(shown)} after {_duration(record.seconds)}"
+    return f"{run}: {', '.join(shown)} after {duration(record.seconds)}"
 
 
 def _show(display: Any, made: Plan, records: Mapping[str, RunScores], jobs: int) -> None:
@@ -308,7 +309,7 @@ def _show(display: Any, made: Plan, records: Mapping[str, RunScores], jobs: int)
     done = len([key for key in records])
     display.total, display.n = max(least, done), done
     seconds = seconds_left(made, records, jobs)
-    display.set_postfix_str(f"about {_duration(seconds)} to go" if seconds else "")
+    display.set_postfix_str(f"about {duration(seconds)} to go" if seconds else "")
 
 
 def counts(made: Plan, records: Mapping[str, RunScores]) -> tuple[int, int]:
@@ -334,7 +335,13 @@ def seconds_left(made: Plan, records: Mapping[str, RunScores], jobs: int) -> flo
     return max(0, least - len(records)) * statistics.fmean(times) / jobs
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In the unit that fits.
+
+    Example:
+        >>> duration(12.3), duration(600), duration(9000)
+        ('12 s', '10 min', '2.5 h')
+    """
     return (
         f"{seconds:.0f} s"
         if seconds < 100

@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -148,7 +148,6 @@ class Plan:
         words += [f"--seed={point.seed}", f"--data_seed={point.seed}", f"--output_dir={self.folder}"]
         words += [f"--{name}={value}" for name, value in _SET.items()]
         recipe = load_recipe(self.config, [*self.overrides, *words])
-        recipe.data.max_eval_examples = None  # the loader would draw others for every seed; see `_losses`
         if point.surgery == "replay":
             recipe.training.per_device_train_batch_size = sum(examples_per_device(recipe))
         return recipe
@@ -319,17 +318,13 @@ def run_point(made: Plan, point: Point) -> Record:
 
 
 def _losses(made: Plan, point: Point) -> dict[str, float]:
-    limit = load_recipe(made.config, made.overrides).data.max_eval_examples
-    recipe = made.recipe(point)  # the last one to be loaded: loading resets the state that a Trainer shares
+    recipe = made.recipe(point)
     prepared = job.prepare(recipe)
     prepared.trainer.remove_callback(PrinterCallback)  # there is one line for each run, from the grid
     if point.surgery != BASE:
         prepared.trainer.train()
     found = {}
     for split in prepared.splits:
-        # The same for all seeds: else the choice of examples would widen every interval, and shift the base model.
-        if limit is not None and limit < len(split.examples):
-            split = replace(split, examples=split.examples.shuffle(seed=0).select(range(limit)))
         statistics = job.measure(prepared.trainer, split, "before" if point.surgery == BASE else "after")
         found[split.name] = float(metrics_of(recipe.model.task, split.bytes_per_token)["loss"](statistics.sum(0)))
     return found
