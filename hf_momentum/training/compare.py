@@ -250,8 +250,8 @@ def needed(made: Plan, records: Mapping[str, RunScores]) -> list[Run]:
     """The runs that can begin now and have no record; empty when all is done.
 
     Example:
-        >>> [str(run) for run in needed(_example(), {})][:2]
-        ['adamw_torch, lr 0.0001, tuning', 'adamw_torch, lr 0.001, tuning']
+        >>> [str(run) for run in needed(_example(), {})]  # what every run needs, too, and finds what is wrong
+        ['base model']
     """
     return [run for run in _stages(made, relevant(made, records)) if made.key(run) not in records]
 
@@ -270,14 +270,16 @@ def relevant(made: Plan, records: Mapping[str, RunScores]) -> dict[str, RunScore
 
 
 def _stages(made: Plan, records: Mapping[str, RunScores]) -> list[Run]:
-    """All runs that follow from the records: those of the tuning, or, once that is done, the test runs and controls."""
+    """All runs that follow from the records: base model, tuning, and once that is done, test runs and controls."""
+    base = Run(BASE, "test", 0.0, made.tuning_seed)
+    if made.key(base) not in records:
+        return [base]  # alone and first: it trains and keeps the small base model, and finds what is wrong
     wanted = tuning.proposals(tuned(made, records), made.starts, made.ratio, made.trials, made.most)
     if any(wanted.values()):
         return [Run(name, "tuning", lr, made.tuning_seed) for name in made.methods for lr in wanted[name]]
     rates = learning_rates(made, records)
     # Seed by seed, so that runs that are compared in time are neighbours in time.
-    found = [Run(BASE, "test", 0.0, made.tuning_seed)]
-    found += [Run(name, "test", rates[name], seed) for seed in made.seeds for name in made.methods if name in rates]
+    found = [Run(name, "test", rates[name], seed) for seed in made.seeds for name in made.methods if name in rates]
     found += [
         Run(control.name, "test", rates[control.name], seed)
         for seed in made.seeds

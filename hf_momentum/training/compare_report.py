@@ -17,7 +17,8 @@ from hf_momentum.training import job
 from hf_momentum.training.compare import BASE, Plan, Run, controls, learning_rates, relevant
 from hf_momentum.training.compare_runs import counts, duration, metrics_on, seconds_left
 from hf_momentum.training.ledger import Ledger
-from hf_momentum.training.recipe import Recipe
+from hf_momentum.training.quiet import quiet
+from hf_momentum.training.recipe import Recipe, load_recipe
 from hf_momentum.training.sources import Split
 
 _TIMED_STEPS = 6
@@ -45,7 +46,8 @@ def outlook(made: Plan, ledger: Ledger, jobs: int) -> str:
     seconds = seconds_left(made, records, jobs)
     if seconds is not None:
         return f"{text}. About {duration(seconds)} to go with --jobs {jobs}, from the runs that are done"
-    one = timed(made)
+    with quiet():
+        one = timed(made)
     return (
         f"{text}. About {duration(one * (least - len(records)) / jobs)} with --jobs {jobs}, from {_TIMED_STEPS} "
         f"steps and "
@@ -97,7 +99,7 @@ def report(made: Plan, known: Mapping[str, RunScores]) -> ComparisonReport:
     rates = learning_rates(made, records)
     recipe = made.recipe(Run(made.baseline, "test", made.starts[made.baseline], made.seeds[0]))
     base = next((run for run in records.values() if run.method == BASE and run.status == "finished"), None)
-    made_report = ComparisonReport(
+    return ComparisonReport(
         title=f"{recipe.name}: {', '.join(made.methods)}",
         unit=unit_of(recipe),
         metric=made.metric,
@@ -116,7 +118,6 @@ def report(made: Plan, known: Mapping[str, RunScores]) -> ComparisonReport:
         recipe=recipe_of(made).to_yaml(),
         command=command(made),
     )
-    return made_report
 
 
 def _belongs(run: RunScores, rates: Mapping[str, float]) -> bool:
@@ -149,8 +150,6 @@ def split_facts(recipe: Recipe) -> list[SplitFacts]:
 
 def recipe_of(made: Plan) -> Recipe:
     """The recipe that all runs share."""
-    from hf_momentum.training.recipe import load_recipe
-
     return load_recipe(made.config, made.overrides)
 
 

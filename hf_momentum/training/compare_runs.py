@@ -19,12 +19,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
-from transformers.utils.logging import disable_progress_bar
 
 from hf_momentum.errors import InputError, TrainingStopped
 from hf_momentum.evaluation.results import RunScores
@@ -33,6 +31,7 @@ from hf_momentum.training import job
 from hf_momentum.training.compare import BASE, Plan, Run, controls, needed, relevant
 from hf_momentum.training.ledger import BEAT, Ledger
 from hf_momentum.training.processes import environment_of_one_process
+from hf_momentum.training.quiet import quiet
 from hf_momentum.training.recipe import Recipe
 from hf_momentum.training.sources import Split
 
@@ -138,13 +137,10 @@ def _child(made: Plan, run: Run, threads: int, log: str, answer: Connection) -> 
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    if torch.accelerator.is_available():
-        torch.get_num_threads()
-    else:
+    if not torch.accelerator.is_available():
         torch.set_num_threads(threads)
-    datasets.disable_progress_bars()
-    disable_progress_bar()
-    answer.send(run_one(made, run))
+    with quiet():
+        answer.send(run_one(made, run))
     answer.close()
 
 
@@ -229,7 +225,8 @@ def work(
         The records of all runs that are known by their names, failed ones included.
 
     Raises:
-        InputError: jobs is below 1.
+        InputError: jobs is below 1, or the base model cannot be measured, which no run would survive.
+        TrainingStopped: the base model's loss is not finite.
     """
     if jobs < 1:
         raise InputError(f"jobs must be at least 1, got {jobs}")
@@ -246,6 +243,7 @@ def work(
             _show(display, made, records, jobs)
             if not todo:
                 return records
+            _check_base(made, records)
             if run is not None:
                 if not _inline(made, ledger, free, run, say):
                     time.sleep(_POLL)
@@ -271,6 +269,14 @@ def work(
             one.process.kill()
             ledger.withdraw(one.trial)
         display.close()
+
+
+def _check_base(made: Plan, records: Mapping[str, RunScores]) -> None:
+    """What fails for the untrained model fails for every run: say it once, at the beginning."""
+    base = next((run for run in records.values() if run.method == BASE), None)
+    if base is not None and base.status != "finished":
+        kind = TrainingStopped if base.status == "diverged" else InputError
+        raise kind(f"the base model could not be measured: {base.message}")
 
 
 def _claim(made: Plan, ledger: Ledger, free: list[Run]) -> tuple[Run, int] | None:

@@ -3,12 +3,10 @@
 A finished run is one line of `runs.jsonl`. Whoever gives the same command again repeats only what has no line there.
 """
 
-import contextlib
 import gc
 import hashlib
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import shlex
@@ -21,10 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import datasets
 import torch
 from transformers import PrinterCallback
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from hf_momentum.errors import InputError, TrainingStopped
 from hf_momentum.evaluation import metrics_of
@@ -33,6 +29,7 @@ from hf_momentum.integrations.registry import nearest
 from hf_momentum.training import job
 from hf_momentum.training.arguments import BloopArguments, DataArguments
 from hf_momentum.training.processes import environment_of_one_process, launched_processes
+from hf_momentum.training.quiet import quiet
 from hf_momentum.training.recipe import Recipe, load_recipe
 
 BASE = "base model"
@@ -297,7 +294,7 @@ def run_point(made: Plan, point: Point) -> Record:
     losses: dict[str, float] = {}
     status, message = "finished", ""
     try:
-        with _quiet():
+        with quiet():
             losses = _losses(made, point)
         unusable = [name for name, loss in losses.items() if not math.isfinite(loss)]
         if unusable:
@@ -328,24 +325,6 @@ def _losses(made: Plan, point: Point) -> dict[str, float]:
         statistics = job.measure(prepared.trainer, split, "before" if point.surgery == BASE else "after")
         found[split.name] = float(metrics_of(recipe.model.task, split.bytes_per_token)["loss"](statistics.sum(0)))
     return found
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without a progress bar for every file and split of every run, and without the same notes again; warnings stay."""
-    logger = logging.getLogger("hf_momentum")
-    level, data, weights = logger.level, datasets.are_progress_bars_disabled(), is_progress_bar_enabled()
-    logger.setLevel(logging.WARNING)
-    datasets.disable_progress_bars()
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if not data:
-            datasets.enable_progress_bars()
-        if weights:
-            enable_progress_bar()
 
 
 # ---- the record of runs ----------------------------------------------------------------------------------------------
