@@ -232,6 +232,9 @@ def _compare(words: list[str]) -> int:
     parser.add_argument(
         "--select", metavar="NAME", help="what chooses learning rates; the compared metric unless given"
     )
+    parser.add_argument(
+        "--tune_each_seed", action="store_true", help="tune every test seed by itself; N times the runs"
+    )
     parser.add_argument("--storage", metavar="URL", help="of an Optuna storage; OUT/runs.db unless given")
     parser.add_argument("--jobs", metavar="N", type=int, default=1, help="runs side by side (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="say how many runs and how long; compare nothing")
@@ -256,6 +259,7 @@ def _compare(words: list[str]) -> int:
         arguments=compare.pairs("with", ":", known.args),
         metric=known.metric,
         selection=known.select,
+        each_seed=known.tune_each_seed,
     )
     Path(known.output_dir).mkdir(parents=True, exist_ok=True)
     ledger = Ledger(made.storage, made.study, made.selection in LOWER_IS_BETTER)
@@ -266,7 +270,15 @@ def _compare(words: list[str]) -> int:
     report = compare_report.report(made, records)
     path = report.write(Path(known.output_dir))
     print(
-        "\n" + "\n".join([*report.troubles, *report.verdict(), f"Report: {path} (and report.md, report.json, plots/)"])
+        "\n"
+        + "\n".join(
+            [
+                *report.troubles,
+                *report.verdict(),
+                report.headline(),
+                f"Report: {path} (and report.md, report.json, plots/)",
+            ]
+        )
     )
     return 1 if any(run.status == "failed" for run in report.runs) else 0
 

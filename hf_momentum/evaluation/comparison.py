@@ -127,7 +127,7 @@ class ComparisonReport:
         methods: the optimizers, in the order asked for.
         baseline: the one that the others are compared with.
         controls: runs beside a method.
-        learning_rates: peak learning rate of the test runs, by method and control.
+        learning_rates: peak learning rate of the test runs, by method and control, and by seed.
         seeds: of the test runs.
         splits: what the runs were measured on.
         runs: tuning and test runs.
@@ -159,7 +159,7 @@ class ComparisonReport:
     methods: Sequence[str]
     baseline: str
     controls: Sequence[Control]
-    learning_rates: Mapping[str, float]
+    learning_rates: Mapping[str, Mapping[int, float]]
     seeds: Sequence[int]
     splits: Sequence[SplitFacts]
     runs: Sequence[RunScores]
@@ -237,28 +237,39 @@ class ComparisonReport:
 
     # ---- tuning ------------------------------------------------------------------------------------------------------
 
+    def tuning_runs(self, method: str) -> list[RunScores]:
+        """The runs that chose a method's learning rate, by rising rate."""
+        chosen = [run for run in self.runs if run.method == method and run.role == "tuning"]
+        return sorted(chosen, key=lambda run: (run.learning_rate, run.seed))
+
+    @property
+    def tuning_seeds(self) -> list[int]:
+        """Those of the tuning runs."""
+        return sorted({run.seed for run in self.runs if run.role == "tuning"})
+
     @cached_property
     def curves(self) -> dict[str, dict[float, float]]:
-        """Validation score by learning rate of each method's tuning runs; those that diverged are left out."""
-        return {
-            method: {
-                run.learning_rate: run.validation
-                for run in sorted(self.runs, key=lambda run: run.learning_rate)
-                if run.method == method and run.role == "tuning" and run.validation is not None
-            }
-            for method in self.methods
-        }
+        """Validation score by learning rate, a mean over tuning seeds; runs that diverged are left out."""
+        found: dict[str, dict[float, list[float]]] = {method: {} for method in self.methods}
+        for method in self.methods:
+            for run in self.tuning_runs(method):
+                if run.validation is not None:
+                    found[method].setdefault(run.learning_rate, []).append(run.validation)
+        return {method: {lr: statistics.fmean(at) for lr, at in curve.items()} for method, curve in found.items()}
 
     @cached_property
     def edges(self) -> list[str]:
-        """Methods whose best learning rate is at an end of what was tried."""
+        """Methods whose best learning rate is at an end of what was tried, with any tuning seed."""
         sign = 1 if self.selection in LOWER_IS_BETTER else -1
-        scores: dict[str, dict[float, float]] = {method: {} for method in self.methods}
-        for run in self.runs:
-            if run.role == "tuning" and run.method in scores:
-                lost = run.validation is None
-                scores[run.method][run.learning_rate] = math.inf if lost else sign * float(run.validation or 0.0)
-        return [method for method in tuning.at_the_edge(scores) if scores[method]]
+        found = []
+        for method in self.methods:
+            by_seed: dict[int, dict[float, float]] = {}
+            for run in self.tuning_runs(method):
+                score = math.inf if run.validation is None else sign * run.validation
+                by_seed.setdefault(run.seed, {})[run.learning_rate] = score
+            if not all(map(tuning.interior, by_seed.values())):
+                found.append(method)
+        return found
 
     # ---- shift -------------------------------------------------------------------------------------------------------
 
@@ -339,6 +350,24 @@ class ComparisonReport:
             )
         return said or [f"{self.baseline} was run alone, so there is nothing to compare."]
 
+    def headline(self) -> str:
+        """One sentence for the whole table against the baseline."""
+        rows = self.against_baseline
+        if not rows:
+            return self.verdict()[0]
+        groups: dict[str, list[str]] = {}
+        for method in dict.fromkeys(one.method for one in rows):
+            words = {one.words for one in rows if one.method == method}
+            if {"better", "worse"} <= words:
+                kind = "better on one split and worse on another"
+            elif words & {"better", "worse"}:
+                kind = f"{(words & {'better', 'worse'}).pop()} on at least one split"
+            else:
+                kind = "no significant difference on any split" if words != {"not comparable"} else "not comparable"
+            groups.setdefault(kind, []).append(method)
+        told = "; ".join(f"{kind}: {', '.join(methods)}" for kind, methods in groups.items())
+        return f"Against {self.baseline}, in {self.metric.replace('_', ' ')}: {told}."
+
     def _sentence(self, method: str, other: str, rows: Sequence[Difference]) -> str:
         lost = [
             f"{len(bad)} of {len(self.tests[name])} seeds of {name} did not finish"
@@ -393,6 +422,9 @@ class ComparisonReport:
             record.pop(name, None)
         record["controls"] = [Control(**entry) for entry in record["controls"]]
         record["splits"] = [SplitFacts(**entry) for entry in record["splits"]]
+        record["learning_rates"] = {
+            name: {int(seed): lr for seed, lr in by_seed.items()} for name, by_seed in record["learning_rates"].items()
+        }
         record["runs"] = [RunScores(**entry) for entry in record["runs"]]
         return ComparisonReport(**record)
 

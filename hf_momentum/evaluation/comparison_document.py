@@ -32,9 +32,9 @@ _SHIFT = [
 
 def document(report: ComparisonReport) -> Document:
     """The report for people."""
-    blocks: list[Block] = [Verdict(literal(report.verdict()[0]))]
-    if len(report.verdict()) > 1:
-        blocks.append(Bullets([literal(sentence) for sentence in report.verdict()[1:]]))
+    blocks: list[Block] = [Verdict(literal(report.headline()))]
+    if any(one.size for one in (*report.against_baseline, *report.against_controls)):
+        blocks.append(Bullets([literal(sentence) for sentence in report.verdict()]))
     if report.troubles:
         blocks += [Heading("What failed"), Bullets([literal(trouble) for trouble in report.troubles])]
     blocks += [Heading("Every split"), *_splits(report)]
@@ -45,7 +45,8 @@ def document(report: ComparisonReport) -> Document:
         blocks += [Heading("Under shift"), *_shift(report)]
     blocks += [Heading("Tuning"), *_tuning(report)]
     blocks += [Heading("Cost"), _cost(report), Text(_COST)]
-    blocks += [Heading("How it was compared"), Bullets([*_METHOD, *map(literal, report.fairness)])]
+    luck = _LUCK["each" if len(report.tuning_seeds) > 1 else "once"]
+    blocks += [Heading("How it was compared"), Bullets([*_METHOD, luck, *map(literal, report.fairness)])]
     if report.controls:
         blocks += [Bullets([f"**{literal(control.name)}**: {control.what}." for control in report.controls])]
     blocks += [
@@ -57,14 +58,22 @@ def document(report: ComparisonReport) -> Document:
     return Document(report.title, blocks)
 
 
+_LUCK = {
+    "once": "All test seeds share the learning rates that one seed's tuning chose. The intervals are about these "
+    "settings: "
+    "how lucky that tuning was is not in them. (Where tuning is noisy, two equal optimizers end at different rates and "
+    "truly differ a little; `--tune_each_seed` puts that into the intervals.)",
+    "each": "Every test seed was tuned by itself, so the luck of tuning is in the intervals.",
+}
 _METHOD = [
-    "Learning rates were chosen on validation data with one seed; the test runs have other seeds, and see the test "
-    "splits at the end of their schedule only. Every optimizer was tuned with the same number of runs: each grid was "
-    "widened "
-    "until its best point was interior, and those that were done early got points beside their best one.",
+    "Learning rates were chosen on validation data; test splits were measured at the end of a schedule, and nothing "
+    "was "
+    "chosen by them. Every optimizer was tuned with the same number of runs: each grid was widened until its best "
+    "point "
+    "was interior, and those that were done early got points beside their best one.",
     "Intervals are 95 % t-intervals over seeds, paired by seed where two methods are compared. They do not contain "
-    "what other evaluation examples would change. p-values are after Holm's correction over all differences of a "
-    "table; the "
+    "what "
+    "other evaluation examples would change. p-values are after Holm's correction over all differences of a table; the "
     "intervals are those of each comparison alone.",
     '"No significant difference" is not a proof that there is none: it may be that there were too few seeds.',
 ]
@@ -80,7 +89,7 @@ def _splits(report: ComparisonReport) -> list[Block]:
     rows = [
         [
             f"`{name}`",
-            f"{report.learning_rates[name]:g}" if name in report.learning_rates else "",
+            _rates(report, name),
             *(_shown(list(scores[name][split.name].values())) for split in report.splits),
         ]
         for name in report.everyone
@@ -95,6 +104,11 @@ def _splits(report: ComparisonReport) -> list[Block]:
         base = [report.base.get(split.name, {}).get(report.metric) for split in report.splits]
         rows.insert(0, ["base model", "", *("" if value is None else f"{value:.3f}" for value in base)])
     return [Table(header, rows, left=1, caption=caption)]
+
+
+def _rates(report: ComparisonReport, name: str) -> str:
+    rates = sorted(set(report.learning_rates.get(name, {}).values()))
+    return "" if not rates else f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
 
 
 def _role(role: str, kind: str | None) -> str:
@@ -186,22 +200,19 @@ def _shift(report: ComparisonReport) -> list[Block]:
 
 
 def _tuning(report: ComparisonReport) -> list[Block]:
-    counts = {
-        method: [run for run in report.runs if run.method == method and run.role == "tuning"]
-        for method in report.methods
-    }
     rows = []
     for method in report.methods:
-        tried = sorted(run.learning_rate for run in counts[method])
-        chosen = report.learning_rates.get(method)
-        best = report.curves[method].get(chosen) if chosen is not None else None
+        runs = report.tuning_runs(method)
+        tried = [run.learning_rate for run in runs]
+        rates = sorted(report.learning_rates.get(method, {}).values())
+        best = report.curves[method].get(rates[len(rates) // 2]) if rates else None
         rows.append(
             [
                 f"`{method}`",
-                str(len(tried)),
+                str(len(runs)),
                 f"{tried[0]:g} to {tried[-1]:g}" if tried else "",
-                str(sum(run.status == "diverged" for run in counts[method])),
-                "" if chosen is None else f"{chosen:g}",
+                str(sum(run.status == "diverged" for run in runs)),
+                _rates(report, method),
                 "" if best is None else f"{best:.4f}",
                 "no, at an end" if method in report.edges else "yes",
             ]
@@ -210,13 +221,20 @@ def _tuning(report: ComparisonReport) -> list[Block]:
     blocks: list[Block] = []
     curves = {method: list(curve.items()) for method, curve in report.curves.items() if curve}
     if curves:
-        chosen_rates = {name: lr for name, lr in report.learning_rates.items() if name in curves}
+        middle = {
+            name: sorted(report.learning_rates[name].values()) for name in curves if report.learning_rates.get(name)
+        }
+        each = "One run for each point." if len(report.tuning_seeds) == 1 else "Each point is a mean over tuning seeds."
         blocks.append(
             Picture(
                 "tuning",
-                "One run for each point. Flat curves are easy to tune.",
+                f"{each} Flat curves are easy to tune.",
                 f"Validation {report.selection} against learning rate, by method, with the chosen rate marked.",
-                pictures.tuned(curves, chosen_rates, f"validation {report.selection}"),
+                pictures.tuned(
+                    curves,
+                    {name: rates[len(rates) // 2] for name, rates in middle.items()},
+                    f"validation {report.selection}",
+                ),
             )
         )
     return [*blocks, Table(header, rows)]

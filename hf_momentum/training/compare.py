@@ -1,8 +1,9 @@
 """The plan behind `hf-momentum compare`: which runs there are, which come next, and what they say.
 
 Three stages follow from finished runs alone, so that a comparison that was killed goes on as if it had not been:
-learning rates are tuned on validation data with one seed, all optimizers with equally many runs; each optimizer runs at
-its best one with new seeds; then the controls run, whose learning rates follow from the runs before.
+learning rates are tuned on validation data, all optimizers with equally many runs; each optimizer runs at its best one;
+then the controls run, whose learning rates follow from the runs before. Tuning has one seed of its own, or each test
+seed is tuned by itself, which costs as many times more and puts the luck of tuning into the intervals.
 """
 
 import hashlib
@@ -98,8 +99,9 @@ class Plan:
         ratio: between neighbours of a grid.
         trials: points of the first grid.
         most: no method is tuned with more.
-        seeds: of the test runs; the tuning runs have the recipe's own, which is none of them.
-        tuning_seed: that one.
+        seeds: of the test runs.
+        tuning_seeds: one, the recipe's own and none of `seeds`, whose learning rates all test runs have; or `seeds`,
+            each of which is then tuned by itself.
         controls: of `CONTROLS`.
         metric: what is compared.
         selection: what chooses the learning rate on validation data.
@@ -117,7 +119,7 @@ class Plan:
     trials: int
     most: int
     seeds: Sequence[int]
-    tuning_seed: int
+    tuning_seeds: Sequence[int]
     controls: Sequence[str]
     metric: str
     selection: str
@@ -129,6 +131,10 @@ class Plan:
     def baseline(self) -> str:
         """What the others are compared with."""
         return self.methods[0]
+
+    def tuned_with(self, seed: int) -> int:
+        """The seed whose tuning a test seed goes by."""
+        return seed if seed in self.tuning_seeds else self.tuning_seeds[0]
 
     @property
     def study(self) -> str:
@@ -221,7 +227,7 @@ def _example(**changed: Any) -> Plan:
         "trials": 3,
         "most": 8,
         "seeds": [1, 2],
-        "tuning_seed": 0,
+        "tuning_seeds": [0],
         "controls": [],
         "metric": "loss",
         "selection": "loss",
@@ -235,14 +241,13 @@ def _example(**changed: Any) -> Plan:
 # ---- which runs come next --------------------------------------------------------------------------------------------
 
 
-def tuned(made: Plan, records: Mapping[str, RunScores]) -> dict[str, dict[float, float]]:
-    """Score by learning rate of each method's tuning runs so far, lower better; infinite if it diverged or failed."""
+def tuned(made: Plan, records: Mapping[str, RunScores], seed: int) -> dict[str, dict[float, float]]:
+    """Score by learning rate of each method's runs with a tuning seed, lower better; infinite if one was lost."""
     sign = 1.0 if made.selection in LOWER_IS_BETTER else -1.0
     found: dict[str, dict[float, float]] = {method: {} for method in made.methods}
     for run in records.values():
-        if run.role == "tuning" and run.method in found and run.seed == made.tuning_seed:
-            lost = run.validation is None
-            found[run.method][run.learning_rate] = math.inf if lost else sign * float(run.validation or 0.0)
+        if run.role == "tuning" and run.method in found and run.seed == seed:
+            found[run.method][run.learning_rate] = math.inf if run.validation is None else sign * run.validation
     return found
 
 
@@ -259,7 +264,7 @@ def needed(made: Plan, records: Mapping[str, RunScores]) -> list[Run]:
 def relevant(made: Plan, records: Mapping[str, RunScores]) -> dict[str, RunScores]:
     """The records that belong to this plan: a study may hold runs of other methods, seeds and arguments, too."""
     names = {*made.methods, *(control.name for control in controls(made)), BASE}
-    seeds = {"tuning": [made.tuning_seed], "test": [made.tuning_seed, *made.seeds]}
+    seeds = {"tuning": made.tuning_seeds, "test": [made.tuning_seeds[0], *made.seeds]}
     return {
         key: run
         for key, run in records.items()
@@ -271,40 +276,43 @@ def relevant(made: Plan, records: Mapping[str, RunScores]) -> dict[str, RunScore
 
 def _stages(made: Plan, records: Mapping[str, RunScores]) -> list[Run]:
     """All runs that follow from the records: base model, tuning, and once that is done, test runs and controls."""
-    base = Run(BASE, "test", 0.0, made.tuning_seed)
+    base = Run(BASE, "test", 0.0, made.tuning_seeds[0])
     if made.key(base) not in records:
         return [base]  # alone and first: it trains and keeps the small base model, and finds what is wrong
-    wanted = tuning.proposals(tuned(made, records), made.starts, made.ratio, made.trials, made.most)
-    if any(wanted.values()):
-        return [Run(name, "tuning", lr, made.tuning_seed) for name in made.methods for lr in wanted[name]]
+    found = []
+    for seed in made.tuning_seeds:
+        finished = tuned(made, records, seed)
+        wanted = tuning.proposals(finished, made.starts, made.ratio, made.trials, made.most)
+        found += [Run(name, "tuning", lr, seed) for name in made.methods for lr in wanted[name]]
+    if found:
+        return found
     rates = learning_rates(made, records)
-    # Seed by seed, so that runs that are compared in time are neighbours in time.
-    found = [Run(name, "test", rates[name], seed) for seed in made.seeds for name in made.methods if name in rates]
-    found += [
-        Run(control.name, "test", rates[control.name], seed)
-        for seed in made.seeds
-        for control in controls(made)
-        if control.name in rates
-    ]
-    return found
+    # Seed by seed, so that runs that are compared in time are neighbours in time; controls follow from all of these.
+    names = [*made.methods, *(control.name for control in controls(made))]
+    tests = [Run(name, "test", rates[name][seed], seed) for seed in made.seeds for name in names if seed in rates[name]]
+    return sorted(tests, key=lambda run: run.method not in made.methods)
 
 
-def learning_rates(made: Plan, records: Mapping[str, RunScores]) -> dict[str, float]:
-    """What the test runs of methods and controls have, as far as it is known."""
-    chosen = {method: tuning.best(scores) for method, scores in tuned(made, records).items()}
-    found = {method: lr for method, lr in chosen.items() if lr is not None}
+def learning_rates(made: Plan, records: Mapping[str, RunScores]) -> dict[str, dict[int, float]]:
+    """What the test runs of methods and controls have, by seed, as far as it is known."""
+    found: dict[str, dict[int, float]] = {name: {} for name in made.methods}
+    for seed in made.seeds:
+        for method, scores in tuned(made, records, made.tuned_with(seed)).items():
+            chosen = tuning.best(scores)
+            if chosen is not None:
+                found[method][seed] = chosen
     for control in controls(made):
-        if control.of not in found:
-            continue
+        own = found[control.of]
+        found[control.name] = {}
         if control.name.endswith("frozen gate"):
-            found[control.name] = found[control.of]
+            found[control.name] = dict(own)
             continue
-        tests = [records.get(made.key(Run(control.of, "test", found[control.of], seed))) for seed in made.seeds]
+        tests = [records.get(made.key(Run(control.of, "test", lr, seed))) for seed, lr in own.items()]
         gains = [run.gain for run in tests if run is not None and run.gain is not None]
-        if all(run is not None for run in tests) and gains:
+        if gains and all(run is not None for run in tests):
             # Heavy ball's effective rate is lr / (1 - momentum); an average's is lr.
-            scale = 0.1 if _controls_of(control.of)[control.name][0] == "tam" else 1.0
-            found[control.name] = float(f"{found[control.of] * statistics.fmean(gains) * scale:.6g}")
+            scale = statistics.fmean(gains) * (0.1 if _controls_of(control.of)[control.name][0] == "tam" else 1.0)
+            found[control.name] = {seed: tuning.rung(lr * scale, 1.0, 0) for seed, lr in own.items()}
     return found
 
 
@@ -377,6 +385,7 @@ def plan(
     arguments: Mapping[str, str] | None = None,
     metric: str | None = None,
     selection: str | None = None,
+    each_seed: bool = False,
 ) -> Plan:
     """Check everything that can be checked before the first run; nothing is written.
 
@@ -395,6 +404,7 @@ def plan(
         arguments: `--optim_args` by method.
         metric: what is compared; the task's main one unless given.
         selection: what chooses the learning rate; `metric` unless given.
+        each_seed: tune every test seed by itself, so that the luck of tuning is in the intervals.
 
     Raises:
         InputError: an unknown or repeated optimizer, too few trials or seeds, an unusable ratio, a field that the
@@ -432,6 +442,7 @@ def plan(
     first, own = metric or accepted[0], _own_optimizer(recipe)
     if own in methods and recipe.training.optim_args:
         arguments.setdefault(own, recipe.training.optim_args)
+    test_seeds = [recipe.training.seed + 1 + index for index in range(seeds)]
     made = Plan(
         config=config,
         overrides=list(overrides),
@@ -441,8 +452,8 @@ def plan(
         ratio=ratio,
         trials=trials,
         most=most or 3 * trials,
-        seeds=[recipe.training.seed + 1 + index for index in range(seeds)],
-        tuning_seed=recipe.training.seed,
+        seeds=test_seeds,
+        tuning_seeds=test_seeds if each_seed else [recipe.training.seed],
         controls=list(asked),
         metric=first,
         selection=selection or first,

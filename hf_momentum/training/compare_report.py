@@ -5,7 +5,7 @@ import platform
 import shlex
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,9 +120,9 @@ def report(made: Plan, known: Mapping[str, RunScores]) -> ComparisonReport:
     )
 
 
-def _belongs(run: RunScores, rates: Mapping[str, float]) -> bool:
+def _belongs(run: RunScores, rates: Mapping[str, Mapping[int, float]]) -> bool:
     """Whether a test run has the learning rate that was chosen in the end; a study may hold others."""
-    return run.role == "tuning" or rates.get(run.method) == run.learning_rate
+    return run.role == "tuning" or rates.get(run.method, {}).get(run.seed) == run.learning_rate
 
 
 def unit_of(recipe: Recipe) -> str:
@@ -153,7 +153,7 @@ def recipe_of(made: Plan) -> Recipe:
     return load_recipe(made.config, made.overrides)
 
 
-def _troubles(made: Plan, records: Mapping[str, RunScores], rates: Mapping[str, float]) -> list[str]:
+def _troubles(made: Plan, records: Mapping[str, RunScores], rates: Mapping[str, Mapping[int, float]]) -> list[str]:
     found = [
         f"{Run(run.method, run.role, run.learning_rate, run.seed)} {run.status}: {run.message}"
         for run in records.values()
@@ -162,7 +162,7 @@ def _troubles(made: Plan, records: Mapping[str, RunScores], rates: Mapping[str, 
     found += [
         f"{method} has no usable learning rate: all its tuning runs diverged or failed"
         for method in made.methods
-        if method not in rates
+        if not rates[method]
     ]
     return found
 
@@ -180,14 +180,18 @@ def _fairness(made: Plan, recipe: Recipe) -> list[str]:
         "rate is smaller decay less at equal weight decay). Every hyperparameter but the learning rate is at the "
         "recipe's "
         "value or the method's default, for the baseline too.",
-        f"Tuning: seed {made.tuning_seed}, grids of {made.trials} points in a ratio of {made.ratio:.3g} that begin "
+        f"Tuning: {_seeds(made.tuning_seeds)}, grids of {made.trials} points in a ratio of {made.ratio:.3g} that begin "
         f"around "
         + ", ".join(f"{lr:g} ({method})" for method, lr in made.starts.items())
-        + f", at most {made.most} runs each. Tests: seeds {', '.join(map(str, made.seeds))}.",
+        + f", at most {made.most} runs each. Tests: {_seeds(made.seeds)}.",
         "A seed decides the order of the data, what is random in the model, and which training examples are taken "
         "where the "
         "recipe limits their number. Test examples are the same for all.",
     ]
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def _facts(made: Plan, recipe: Recipe, records: Mapping[str, RunScores]) -> dict[str, Any]:
@@ -218,6 +222,7 @@ def command(made: Plan) -> str:
     words += [] if made.config is None else ["--config", made.config]
     words += ["--optim", ",".join(made.methods), "--trials", str(made.trials), "--seeds", str(len(made.seeds))]
     words += ["--controls", ",".join(made.controls)] if made.controls else []
+    words += ["--tune_each_seed"] if made.tuning_seeds == made.seeds else []
     words += ["--ratio", f"{made.ratio:.6g}", "--most_trials", str(made.most)]
     words += ["--metric", made.metric, "--select", made.selection]
     words += [part for method, lr in made.starts.items() for part in ("--lr", f"{method}={lr:g}")]

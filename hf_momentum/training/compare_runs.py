@@ -28,7 +28,7 @@ from hf_momentum.errors import InputError, TrainingStopped
 from hf_momentum.evaluation.results import RunScores
 from hf_momentum.evaluation.scores import scorer
 from hf_momentum.training import job
-from hf_momentum.training.compare import BASE, Plan, Run, controls, needed, relevant
+from hf_momentum.training.compare import BASE, Plan, Run, controls, needed, relevant, tuned
 from hf_momentum.training.ledger import BEAT, Ledger
 from hf_momentum.training.processes import environment_of_one_process
 from hf_momentum.training.quiet import quiet
@@ -326,10 +326,12 @@ def counts(made: Plan, records: Mapping[str, RunScores]) -> tuple[int, int]:
         >>> counts(_example(), {})  # 2 x 3 trials, 2 x 2 test runs, the base model; at most 2 x 8 trials
         (11, 21)
     """
-    tried = [len([run for run in records.values() if run.role == "tuning" and run.method == m]) for m in made.methods]
-    rest = (len(made.methods) + len(controls(made))) * len(made.seeds) + 1
-    budget = max(made.trials, *tried)
-    return budget * len(made.methods) + rest, made.most * len(made.methods) + rest
+    least, most = 1 + (len(made.methods) + len(controls(made))) * len(made.seeds), 0
+    most = least + made.most * len(made.methods) * len(made.tuning_seeds)
+    for seed in made.tuning_seeds:
+        tried = tuned(made, records, seed).values()
+        least += max(made.trials, *map(len, tried)) * len(made.methods)
+    return least, most
 
 
 def seconds_left(made: Plan, records: Mapping[str, RunScores], jobs: int) -> float | None:
