@@ -60,21 +60,17 @@ def document(report: ComparisonReport) -> Document:
 
 _LUCK = {
     "once": "All test seeds share the learning rates that one seed's tuning chose. The intervals are about these "
-    "settings: "
-    "how lucky that tuning was is not in them. (Where tuning is noisy, two equal optimizers end at different rates and "
-    "truly differ a little; `--tune_each_seed` puts that into the intervals.)",
+    "settings; how lucky that tuning was is not in them. Where tuning is noisy, two equal optimizers end at different "
+    "rates and truly differ a little; `--tune_each_seed` puts that into the intervals.",
     "each": "Every test seed was tuned by itself, so the luck of tuning is in the intervals.",
 }
 _METHOD = [
     "Learning rates were chosen on validation data; test splits were measured at the end of a schedule, and nothing "
-    "was "
-    "chosen by them. Every optimizer was tuned with the same number of runs: each grid was widened until its best "
-    "point "
-    "was interior, and those that were done early got points beside their best one.",
+    "was chosen by them. Every optimizer was tuned with the same number of runs: each grid was widened until its best "
+    "point was interior, and those that were done early got points beside their best one.",
     "Intervals are 95 % t-intervals over seeds, paired by seed where two methods are compared. They do not contain "
-    "what "
-    "other evaluation examples would change. p-values are after Holm's correction over all differences of a table; the "
-    "intervals are those of each comparison alone.",
+    "what other evaluation examples would change. p-values are after Holm's correction over all differences of a "
+    "table; the intervals are those of each comparison alone.",
     '"No significant difference" is not a proof that there is none: it may be that there were too few seeds.',
 ]
 _COST = (
