@@ -193,8 +193,8 @@ def _escaped(text: str) -> str:
 
 def _line(text: str) -> str:
     """A paragraph of Markdown: its first characters must not start a list, a quotation or a heading."""
-    shown = re.sub(r"^(\d+)(?=[.)]\s)", r"\1\\", _inline_markdown(text))
-    return re.sub(r"^(?=>|#+\s|[+-]\s|-{3})", r"\\", shown)
+    shown = re.sub(r"^(\d+)(?=[.)](\s|$))", r"\1\\", _inline_markdown(text))
+    return re.sub(r"^(?=>|(#+|-+|[+])(\s|$)|-{3})", r"\\", shown)
 
 
 def _plain(text: str) -> str:
@@ -425,7 +425,7 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
 def _settle(figure: Figure) -> None:
     """Lay the figure out once: a constrained layout moves a little with each drawing, and both files must be equal."""
     if figure.get_layout_engine() is not None:
-        figure.draw_without_rendering()  # type: ignore[no-untyped-call]
+        figure.draw_without_rendering()
         figure.set_layout_engine("none")
 
 
