@@ -121,7 +121,7 @@ def shift_scatter(
             small: dict[str, Any] = {"ms": 4, "mfc": face, "mec": style.colour, "mew": 0.8, "alpha": 0.6}
             axes.plot(xs[name], ys[name], style.marker, zorder=2, **small)
         middle = ([statistics.fmean(xs[name])], [statistics.fmean(ys[name])])
-        axes.plot(*middle, style.marker, label=name, ms=9, mfc=face, mec=style.colour, mew=1.8, zorder=3)
+        axes.plot(*middle, style.marker, label=_label(name), ms=9, mfc=face, mec=style.colour, mew=1.8, zorder=3)
     left, right = _limits(chain(*xs.values()))
     bottom, top = _limits(chain(*ys.values()))
     if line is not None:
@@ -477,7 +477,7 @@ def severities(curves: Mapping[str, Mapping[int, Interval | Estimate]], axis: st
             yerr=_arms([curves[name][step] for step in steps]),
             color=style.colour,
             capsize=2.5,
-            label=name,
+            label=_label(name),
             **mark,
         )
     for axes in dict.fromkeys(panels):
@@ -543,7 +543,7 @@ def _draw_bars(
     look: dict[str, Any] = {"color": style.colour, "hatch": style.hatch, "edgecolor": "white", "linewidth": 0.4}
     error = {"ecolor": _INK, "elinewidth": 1.1, "capsize": 2}
     middles = [_bounds(one)[0] for one in figures]
-    axes.barh(heights, middles, height=0.86 * step, xerr=_arms(figures), error_kw=error, label=name, **look)
+    axes.barh(heights, middles, height=0.86 * step, xerr=_arms(figures), error_kw=error, label=_label(name), **look)
     for height, one in zip(heights, figures, strict=True):
         end = max(0.0, *(end for end in _bounds(one) if end is not None))
         text = f"{_bounds(one)[0]:.3f}".replace("-", _MINUS)
@@ -554,7 +554,13 @@ def _draw_bars(
 def _draw_dots(
     axes: Axes, heights: list[float], figures: list[Interval | Estimate], name: str, style: Style, step: float
 ) -> None:
-    look: dict[str, Any] = {"fmt": style.marker, "color": style.colour, "ms": 5, "elinewidth": 1.3, "label": name}
+    look: dict[str, Any] = {
+        "fmt": style.marker,
+        "color": style.colour,
+        "ms": 5,
+        "elinewidth": 1.3,
+        "label": _label(name),
+    }
     axes.errorbar([_bounds(one)[0] for one in figures], heights, xerr=_arms(figures), **look)
 
 
@@ -677,10 +683,14 @@ def _labels(axes: Axes, x: str, y: str) -> None:
     axes.set_ylabel(_literal(y), fontsize=_NORMAL, color=_INK)
 
 
+def _label(name: str) -> str:
+    """For a legend: Matplotlib leaves out names that begin with `_`."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def _legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:
-    """Beside the axes. Matplotlib leaves out names that begin with `_`, so those get a space."""
-    shown = [_literal(wrapped(name, _NAME_ROOM, _SMALL)) for name in names]
-    shown = [f" {name}" if name.startswith("_") else name for name in shown]
+    """Beside the axes."""
+    shown = [_label(_literal(wrapped(name, _NAME_ROOM, _SMALL))) for name in names]
     figure.legend(handles, shown, loc="outside right upper", labelspacing=0.6, **_LEGEND)
 
 
