@@ -377,9 +377,9 @@ def _html_block(block: Block, anchors: Iterator[str]) -> str:
 def _html_table(table: Table) -> str:
     def cells(row: Sequence[str], tag: str, scope: str = "") -> str:
         kinds = ["" if column < table.left else ' class="figure"' for column in range(len(row))]
-        return "".join(
-            f"<{tag}{scope}{kind}>{_inline_html(cell)}</{tag}>" for cell, kind in zip(row, kinds, strict=True)
-        )
+        inside = [_inline_html(cell) for cell in row]
+        inside[:1] = [f'<div class="name">{first}</div>' for first in inside[:1]]
+        return "".join(f"<{tag}{scope}{kind}>{cell}</{tag}>" for cell, kind in zip(inside, kinds, strict=True))
 
     caption = f'<p class="caption">{_inline_html(table.caption)}</p>\n' if table.caption else ""
     named = f' role="region" aria-label="{html.escape(_plain(table.caption))}"' if table.caption else ""
