@@ -98,9 +98,7 @@ def screenshot(page: str, target: Path, width: int = WIDE, scheme: str = "light"
         run(host(framed(page, width, high)), f"--screenshot={shot}", size=window, scheme=scheme)
         buffer = io.BytesIO()
         with Image.open(shot) as picture:
-            picture.crop((0, 0, width, high)).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(
-                buffer, "png", optimize=True
-            )
+            picture.crop((0, 0, width, high)).convert("RGB").save(buffer, "png", optimize=True)
         target.write_bytes(buffer.getvalue())
 
 

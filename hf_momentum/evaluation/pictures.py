@@ -14,7 +14,7 @@ import math
 import re
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -70,16 +70,17 @@ STYLES = (
 def styles(names: Sequence[str]) -> dict[str, Style]:
     """A style for each name, by its place: give the same names in the same order to every picture of a report.
 
-    Raises:
-        ValueError: there are more than 12, more than a reader can tell apart.
+    Beyond 12, more than a reader can tell apart at a glance, markers and hatchings come again in other colours.
 
     Example:
         >>> styles(["adamw_torch", "tam"])["tam"].marker
         's'
     """
-    if len(names) > len(STYLES):
-        raise ValueError(f"a picture shows at most {len(STYLES)} series, got {len(names)}: {', '.join(names)}")
-    return dict(zip(names, STYLES, strict=False))
+    found = {}
+    for place, name in enumerate(names):
+        turned = STYLES[(place + 5 * (place // len(STYLES))) % len(STYLES)]
+        found[name] = replace(turned, colour=STYLES[place % len(STYLES)].colour)
+    return found
 
 
 # ---- accuracy under shift --------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ def shift_scatter(
         x, y: labels of the axes.
 
     Raises:
-        ValueError: there is no point, or there are more than 12 methods.
+        ValueError: there is no point.
 
     Example:
         >>> figure = shift_scatter({"tam": [Point("tam", 0.9, 0.8), Point("tam", 0.92, 0.81)]})
@@ -240,7 +241,7 @@ def tuned(
         lower_is_better: for the scores.
 
     Raises:
-        ValueError: there is no method, or there are more than 12.
+        ValueError: there is no method.
 
     Example:
         >>> curve = [(1e-4, 2.0), (1e-3, 1.0), (1e-2, math.inf)]
@@ -439,7 +440,7 @@ def severities(curves: Mapping[str, Mapping[int, Interval | Estimate]], axis: st
         axis: what the score is.
 
     Raises:
-        ValueError: there is no curve, or there are more than 12.
+        ValueError: there is no curve.
 
     Example:
         >>> severities({"typos": {0: Estimate(0.9, 0.88, 0.92), 3: Estimate(0.8, 0.77, 0.83)}}).axes[0].get_ylabel()
@@ -502,7 +503,7 @@ def split_bars(scores: Mapping[str, Mapping[str, Interval | Estimate]], axis: st
         axis: what the score is.
 
     Raises:
-        ValueError: there is no figure, or there are more than 12 series.
+        ValueError: there is no figure.
 
     Example:
         >>> figure = split_bars({"before": {"news": Estimate(0.8, 0.7, 0.9)}, "after": {"news": Estimate(0.9, 0.8, 1)}})
@@ -545,7 +546,7 @@ def _draw_bars(
     middles = [_bounds(one)[0] for one in figures]
     axes.barh(heights, middles, height=0.86 * step, xerr=_arms(figures), error_kw=error, label=_label(name), **look)
     for height, one in zip(heights, figures, strict=True):
-        end = max(0.0, *(end for end in _bounds(one) if end is not None))
+        end = max([0.0, *(end for end in _bounds(one) if end is not None and math.isfinite(end))])
         text = f"{_bounds(one)[0]:.3f}".replace("-", _MINUS)
         beside: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, 0), "va": "center"}
         axes.annotate(text, (end, height), fontsize=_SMALL, color=_INK, **beside)
@@ -701,7 +702,10 @@ def _mark(marker: str, face: str, edge: str) -> Artist:
 
 
 def _bounds(one: Interval | Estimate) -> tuple[float, float | None, float | None]:
-    return (one.mean if isinstance(one, Interval) else one.value), one.low, one.high
+    """Middle and ends of a figure. What is not finite, such as an exploded perplexity, becomes NaN or no end."""
+    middle = one.mean if isinstance(one, Interval) else one.value
+    low, high = (end if end is not None and math.isfinite(end) else None for end in (one.low, one.high))
+    return (middle if math.isfinite(middle) else math.nan), low, high
 
 
 def _arms(figures: Sequence[Interval | Estimate]) -> list[list[float]]:
@@ -712,8 +716,8 @@ def _arms(figures: Sequence[Interval | Estimate]) -> list[list[float]]:
 
 
 def _limits(values: Iterable[float]) -> tuple[float, float]:
-    found = list(values)
-    low, high = min(found), max(found)
+    found = [value for value in values if math.isfinite(value)]
+    low, high = min(found, default=0.0), max(found, default=1.0)
     pad = max(0.07 * (high - low), 0.002 * max(abs(low), abs(high)), 1e-9)
     return low - pad, high + pad
 
