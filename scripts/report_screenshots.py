@@ -15,6 +15,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 WIDE, NARROW = 1280, 400  # pixels
 _HIGHEST = 16000  # pixels that Chromium puts into one picture
@@ -98,8 +102,18 @@ def screenshot(page: str, target: Path, width: int = WIDE, scheme: str = "light"
         run(host(framed(page, width, high)), f"--screenshot={shot}", size=window, scheme=scheme)
         buffer = io.BytesIO()
         with Image.open(shot) as picture:
-            picture.crop((0, 0, width, high)).convert("RGB").save(buffer, "png", optimize=True)
+            _few_colours(picture.crop((0, 0, width, high)).convert("RGB")).save(buffer, "png", optimize=True)
         target.write_bytes(buffer.getvalue())
+
+
+def _few_colours(picture: "Image") -> "Image":
+    """With the 256 most frequent colours alone: a quarter of the bytes, and nothing that a reader would see."""
+    from PIL import Image
+
+    counted = sorted(picture.getcolors(picture.width * picture.height), reverse=True)[:256]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([part for _, colour in counted for part in colour])
+    return picture.quantize(palette=palette, dither=Image.Dither.NONE)
 
 
 def main(words: list[str] | None = None) -> int:

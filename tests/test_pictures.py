@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -193,6 +194,22 @@ def test_figures_that_are_not_finite_have_no_place_and_break_nothing():
         assert all(math.isfinite(end) for end in (*figure.axes[0].get_xlim(), *figure.axes[0].get_ylim()))
     texts = [text.get_text() for text in pictures.split_bars({"a": {"x": lost, "y": good}}).axes[0].texts]
     assert texts == ["nan", "2.000"]
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_panels_are_laid_out_whatever_their_number(count):
+    """Matplotlib warns where it finds no layout, and then lets labels lie on each other."""
+    names = [f"m{n}" for n in range(count)]
+    figures = [
+        pictures.tuned({name: [(1e-4, 2.0), (1e-3, 1.0)] for name in names}, dict.fromkeys(names, 1e-3)),
+        pictures.tuned({name: [(1e-4, 2.0), (1e-3, math.inf)] for name in names}, {}),
+        pictures.reliability({name: [] for name in names}),
+        pictures.severities({name: {0: Interval(0.5, None, None), 5: Interval(0.4, 0.3, 0.5)} for name in names}),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for figure in figures:
+            figure.draw_without_rendering()
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -262,8 +262,9 @@ def tuned(
         axes.plot([r for r, _ in inside], [s for _, s in inside], "o", ms=5, zorder=2, **small)
         edge: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 3, **small}
         diverged = [rate for rate, score in curve if not math.isfinite(score)]
-        axes.plot(beyond, [border] * len(beyond), "^" if lower_is_better else "v", ms=6, **edge)
-        axes.plot(diverged, [border] * len(diverged), "x", ms=6, **edge)
+        for rates, marker in ((beyond, "^" if lower_is_better else "v"), (diverged, "x")):
+            if rates:  # no points at all have no place on a logarithmic axis, and the layout would fail
+                axes.plot(rates, [border] * len(rates), marker, ms=6, **edge)
         taken = [score for rate, score in inside if rate == chosen.get(name)]
         axes.plot([chosen[name]] * len(taken) if taken else [], taken, "o", ms=8, color=style.colour, zorder=3)
         told = f"chosen: {_rate(chosen[name])}" if name in chosen else "none chosen"
@@ -654,11 +655,11 @@ def _bare(axes: Axes, grid: str) -> Axes:
 
 
 def _panels(names: Sequence[str], height: float, share_x: bool) -> tuple[Figure, list[Axes]]:
-    """A panel for each name, four beside each other; their scores share one axis."""
+    """A panel for each name, up to four beside each other; their scores share one axis."""
     if not names:
         raise ValueError("a picture of panels needs at least one series")
-    columns = min(4, len(names))
-    rows = math.ceil(len(names) / columns)
+    rows = math.ceil(len(names) / 4)
+    columns = math.ceil(len(names) / rows)
     heads = max(_lines(wrapped(name, _PANEL_ROOM, _SMALL)) for name in names)
     figure = _figure(rows * (height + (heads + 1) * _LINE / _INCH) + 0.6, width=0.6 + 2.05 * max(columns, 2))
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True, sharex=share_x)
