@@ -53,8 +53,11 @@ MANY_SPLITS = (
 )
 
 
-def document(methods: Sequence[str] = METHODS, splits: Sequence[str] = SPLITS) -> Document:
-    """Every block and every picture, of made-up figures."""
+def document(
+    methods: Sequence[str] = METHODS, splits: Sequence[str] = SPLITS, domains: Sequence[str] | None = None
+) -> Document:
+    """Every block and every picture, of made-up figures; `domains` are those of the stream, the splits unless given."""
+    domains = splits if domains is None else domains
     random_ = random.Random(0)
 
     def around(middle: float, half: float) -> Interval:
@@ -87,9 +90,9 @@ def document(methods: Sequence[str] = METHODS, splits: Sequence[str] = SPLITS) -
     matrix = [
         [
             None if i == 0 and j == 1 else 0.55 + 0.4 * (i == j + 1) + random_.uniform(0, 0.04)
-            for j in range(len(splits))
+            for j in range(len(domains))
         ]
-        for i in range(len(splits) + 1)
+        for i in range(len(domains) + 1)
     ]
     bins = {
         split: [ReliabilityBin(c, min(1, max(0, c - random_.gauss(0.06, 0.05))), int(900 * c**4) + 3) for c in steps]
@@ -153,9 +156,9 @@ def document(methods: Sequence[str] = METHODS, splits: Sequence[str] = SPLITS) -
             "Accuracy on each domain after each stage.",
             pictures.forgetting_matrix(
                 matrix,
-                ["base model", *(f"after {split}" for split in splits)],
-                splits,
-                outlined=[(index + 1, index) for index in range(len(splits))],
+                ["base model", *(f"after {split}" for split in domains)],
+                domains,
+                outlined=[(index + 1, index) for index in range(len(domains))],
             ),
         ),
         Heading("Calibration"),

@@ -109,25 +109,32 @@ def measured(shots, pages: dict[str, str], widths=WIDTHS) -> tuple[dict[str, dic
     return Frames(dom).found, console
 
 
-@pytest.fixture(scope="module")
-def pages() -> dict[str, str]:
-    return {
-        "few": html_specimen.document().to_html(),
-        "many": html_specimen.document(html_specimen.MANY_METHODS, html_specimen.MANY_SPLITS).to_html(),
-    }
+MANY = (html_specimen.MANY_METHODS, html_specimen.MANY_SPLITS)
 
 
 @pytest.fixture(scope="module")
-def good(shots, pages):
-    return measured(shots, pages)
+def good(shots):
+    few = html_specimen.document(html_specimen.METHODS[:2], html_specimen.SPLITS[:2])
+    many = html_specimen.document(MANY[0], MANY[1][1:4], domains=MANY[1])
+    return measured(shots, {"few": few.to_html(), "many": many.to_html()})
+
+
+def reads_well(found: dict) -> bool:
+    assert {fault: found[fault] for fault in FAULTS if found[fault]} == {}
+    return found["figures"] == 7
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["few", "many"])
-def test_a_report_reads_well(good, name, width):
+@pytest.mark.parametrize(("name", "texts"), [("few", 80), ("many", 400)])
+def test_a_report_reads_well(good, name, texts, width):
     found = good[0][f"{name} {width}"]
-    assert {fault: found[fault] for fault in FAULTS if found[fault]} == {}
-    assert found["figures"] == 7 and found["texts"] > (80 if name == "few" else 400)
+    assert reads_well(found) and found["texts"] > texts
+
+
+@pytest.mark.slow
+def test_the_most_crowded_report_reads_well(shots):
+    found, console = measured(shots, {"all": html_specimen.document(*MANY).to_html()})
+    assert all(reads_well(one) for one in found.values()) and console == ""
 
 
 def test_the_console_stays_empty(good):

@@ -88,7 +88,7 @@ def test_names_are_cut_where_they_have_joints():
 @pytest.mark.parametrize("name", ["$x$", "$", "_hidden", "%s", "<b>&"])
 def test_names_are_shown_as_they_are(name):
     """Matplotlib sets what stands between dollars as mathematics, and leaves `_names` out of legends."""
-    figure = pictures.split_bars({name: {name: Estimate(0.5, 0.4, 0.6)}})
+    figure = pictures.split_bars({"other": {}, name: {name: Estimate(0.5, 0.4, 0.6)}})
     buffer = io.StringIO()
     import matplotlib
 

@@ -376,7 +376,7 @@ def _html_block(block: Block, anchors: Iterator[str]) -> str:
 
 def _html_table(table: Table) -> str:
     def cells(row: Sequence[str], tag: str, scope: str = "") -> str:
-        kinds = ["" if column < table.left else ' class="figure"' for column in range(len(row))]
+        kinds = ["" if column < table.left else _kind(cell) for column, cell in enumerate(row)]
         inside = [_inline_html(cell) for cell in row]
         inside[:1] = [f'<div class="name">{first}</div>' for first in inside[:1]]
         return "".join(f"<{tag}{scope}{kind}>{cell}</{tag}>" for cell, kind in zip(inside, kinds, strict=True))
@@ -390,6 +390,11 @@ def _html_table(table: Table) -> str:
         f'{caption}<div class="wide" tabindex="0"{named}>\n<table>\n<thead>\n<tr>{head}</tr>\n</thead>\n'
         f"<tbody>\n{body}</tbody>\n</table>\n</div>"
     )
+
+
+def _kind(cell: str) -> str:
+    """Figures and their intervals are not broken into lines; words in their columns are."""
+    return ' class="figure"' if any(letter.isdigit() for letter in cell) else ' class="figure words"'
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -418,7 +423,7 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
     # It may shrink with the window to three quarters; a smaller one would be hard to read, so its card scrolls.
     return (
         f'<svg role="img" aria-label="{html.escape(_plain(alt))}" viewBox="0 0 {width:g} {height:g}" '
-        f'style="max-width: {width:g}pt; min-width: {0.75 * width:g}pt">\n{inside}'
+        f'style="width: {width:g}pt; min-width: {0.75 * width:g}pt">\n{inside}'
     )
 
 

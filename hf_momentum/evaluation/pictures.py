@@ -518,14 +518,14 @@ def split_bars(scores: Mapping[str, Mapping[str, Interval | Estimate]], axis: st
     labels = [wrapped(name, 170, _SMALL) for name in names]
     step = 15.0 if bars else 9.0
     group = max(step * len(scores), _LINE * max(map(_lines, labels))) + 10
-    figure = _figure((group * len(names) + 50) / _INCH, legend=list(scores))
+    figure = _figure((group * len(names) + 50) / _INCH, legend=list(scores) if len(scores) > 1 else ())
     axes = _bare(figure.subplots(), grid="x")
     for place, (name, style) in enumerate(styles(list(scores)).items()):
         found = [(row, scores[name][split]) for row, split in enumerate(names) if split in scores[name]]
         heights = [row + (place - (len(scores) - 1) / 2) * step / group for row, _ in found]
         draw = _draw_bars if bars else _draw_dots
         draw(axes, heights, [one for _, one in found], name, style, step / group)
-    for row in range(1, len(names)):
+    for row in range(1, len(names)) if len(scores) > 1 else ():
         axes.axhline(row - 0.5, color=_FAINT, lw=0.7)
     axes.set_yticks(range(len(names)), [_literal(label) for label in labels])
     axes.tick_params(axis="y", length=0)
@@ -535,7 +535,8 @@ def split_bars(scores: Mapping[str, Mapping[str, Interval | Estimate]], axis: st
     room = 0.12 * (max(high, 0.0) - min(low, 0.0))  # for the figures
     axes.set_xlim((min(low, 0.0), max(high, 0.0) + room) if bars else (low, high))
     _labels(axes, axis, "")
-    _legend(figure, *axes.get_legend_handles_labels())
+    if len(scores) > 1:
+        _legend(figure, *axes.get_legend_handles_labels())
     return figure
 
 
