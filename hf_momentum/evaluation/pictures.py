@@ -14,7 +14,7 @@ import math
 import re
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -70,16 +70,17 @@ STYLES = (
 def styles(names: Sequence[str]) -> dict[str, Style]:
     """A style for each name, by its place: give the same names in the same order to every picture of a report.
 
-    Raises:
-        ValueError: there are more than 12, more than a reader can tell apart.
+    Beyond 12, more than a reader can tell apart at a glance, markers and hatchings come again in other colours.
 
     Example:
         >>> styles(["adamw_torch", "tam"])["tam"].marker
         's'
     """
-    if len(names) > len(STYLES):
-        raise ValueError(f"a picture shows at most {len(STYLES)} series, got {len(names)}: {', '.join(names)}")
-    return dict(zip(names, STYLES, strict=False))
+    found = {}
+    for place, name in enumerate(names):
+        turned = STYLES[(place + 5 * (place // len(STYLES))) % len(STYLES)]
+        found[name] = replace(turned, colour=STYLES[place % len(STYLES)].colour)
+    return found
 
 
 # ---- accuracy under shift --------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ def shift_scatter(
         x, y: labels of the axes.
 
     Raises:
-        ValueError: there is no point, or there are more than 12 methods.
+        ValueError: there is no point.
 
     Example:
         >>> figure = shift_scatter({"tam": [Point("tam", 0.9, 0.8), Point("tam", 0.92, 0.81)]})
@@ -121,7 +122,7 @@ def shift_scatter(
             small: dict[str, Any] = {"ms": 4, "mfc": face, "mec": style.colour, "mew": 0.8, "alpha": 0.6}
             axes.plot(xs[name], ys[name], style.marker, zorder=2, **small)
         middle = ([statistics.fmean(xs[name])], [statistics.fmean(ys[name])])
-        axes.plot(*middle, style.marker, label=name, ms=9, mfc=face, mec=style.colour, mew=1.8, zorder=3)
+        axes.plot(*middle, style.marker, label=_label(name), ms=9, mfc=face, mec=style.colour, mew=1.8, zorder=3)
     left, right = _limits(chain(*xs.values()))
     bottom, top = _limits(chain(*ys.values()))
     if line is not None:
@@ -240,7 +241,7 @@ def tuned(
         lower_is_better: for the scores.
 
     Raises:
-        ValueError: there is no method, or there are more than 12.
+        ValueError: there is no method.
 
     Example:
         >>> curve = [(1e-4, 2.0), (1e-3, 1.0), (1e-2, math.inf)]
@@ -261,11 +262,12 @@ def tuned(
         axes.plot([r for r, _ in inside], [s for _, s in inside], "o", ms=5, zorder=2, **small)
         edge: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 3, **small}
         diverged = [rate for rate, score in curve if not math.isfinite(score)]
-        axes.plot(beyond, [border] * len(beyond), "^" if lower_is_better else "v", ms=6, **edge)
-        axes.plot(diverged, [border] * len(diverged), "x", ms=6, **edge)
+        for rates, marker in ((beyond, "^" if lower_is_better else "v"), (diverged, "x")):
+            if rates:  # no points at all have no place on a logarithmic axis, and the layout would fail
+                axes.plot(rates, [border] * len(rates), marker, ms=6, **edge)
         taken = [score for rate, score in inside if rate == chosen.get(name)]
         axes.plot([chosen[name]] * len(taken) if taken else [], taken, "o", ms=8, color=style.colour, zorder=3)
-        told = f"chosen: {chosen[name]:.3g}" if name in chosen else "none chosen"
+        told = f"chosen: {_rate(chosen[name])}" if name in chosen else "none chosen"
         _head(axes, name, told, panels)
         _rates(axes, [rate for rate, _ in curve])
         seen |= {"tried": _mark("o", "white", _SOFT)} | ({"chosen": _mark("o", _SOFT, _SOFT)} if taken else {})
@@ -307,8 +309,18 @@ def _rates(axes: Axes, rates: Sequence[float]) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([f"{tick:.2g}" for tick in ticks])
+    axes.set_xticklabels([_rate(tick) for tick in ticks])
     axes.set_xlim(low / 1.5, high * 1.5)
+
+
+def _rate(rate: float) -> str:
+    """Three digits, and no zeros that say nothing.
+
+    Example:
+        >>> _rate(0.003), _rate(1e-5)
+        ('0.003', '1e-5')
+    """
+    return f"{rate:.3g}".replace("e-0", "e-")
 
 
 # ---- forgetting ------------------------------------------------------------------------------------------------------
@@ -360,15 +372,16 @@ def forgetting_matrix(
     figure = _figure((top + tall * len(rows)) / _INCH, width=(left + cell * len(columns) + 16) / _INCH)
     axes = figure.subplots()
     for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            known = value is not None and math.isfinite(value)
+        for j, measured in enumerate(row):
+            value = math.nan if measured is None else measured
+            known = math.isfinite(value)
             shade = to_hex(shades((value - low) / (high - low) if high > low else 0.5)) if known else "#ffffff"
             axes.add_patch(Rectangle((j, i), 1, 1, facecolor=shade, edgecolor="white", lw=1.5))
             text = f"{value:.{digits}f}".replace("-", _MINUS) if known else _DASH
-            colour = _INK if lightness(shade) > 55 else "white"
+            colour = "#000000" if lightness(shade) > 49.5 else "#ffffff"  # either way a contrast of 4.5
             axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=_SMALL, color=colour)
     for i, j in outlined:
-        axes.add_patch(Rectangle((j + 0.04, i + 0.05), 0.92, 0.9, fill=False, edgecolor="#E69F00", lw=2.2))
+        axes.add_patch(Rectangle((j, i), 1, 1, fill=False, edgecolor="#E69F00", lw=2.5))
     axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
     axes.set_yticks([i + 0.5 for i in range(len(rows))], [_literal(name) for name in beside])
     axes.set_xticks([j + 0.5 for j in range(len(columns))], [_literal(name) for name in above])
@@ -410,7 +423,9 @@ def reliability(bins_by_split: Mapping[str, Sequence[ReliabilityBin]]) -> Figure
         axes.scatter(xs, ys, s=areas, color=STYLES[0].colour, edgecolor="white", linewidth=0.6, zorder=3, clip_on=False)
         error = sum(one.count * abs(one.accuracy - one.confidence) for one in used) / total if total else math.nan
         _head(axes, name, f"calibration error {error:.3f}" if total else "no example", panels)
-        axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+        axes.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
     figure.supxlabel("confidence (larger dots: more examples)", fontsize=_NORMAL, color=_INK)
     figure.supylabel("share that is right", fontsize=_NORMAL, color=_INK)
     return figure
@@ -426,7 +441,7 @@ def severities(curves: Mapping[str, Mapping[int, Interval | Estimate]], axis: st
         axis: what the score is.
 
     Raises:
-        ValueError: there is no curve, or there are more than 12.
+        ValueError: there is no curve.
 
     Example:
         >>> severities({"typos": {0: Estimate(0.9, 0.88, 0.92), 3: Estimate(0.8, 0.77, 0.83)}}).axes[0].get_ylabel()
@@ -464,7 +479,7 @@ def severities(curves: Mapping[str, Mapping[int, Interval | Estimate]], axis: st
             yerr=_arms([curves[name][step] for step in steps]),
             color=style.colour,
             capsize=2.5,
-            label=name,
+            label=_label(name),
             **mark,
         )
     for axes in dict.fromkeys(panels):
@@ -479,14 +494,17 @@ def severities(curves: Mapping[str, Mapping[int, Interval | Estimate]], axis: st
 
 
 def split_bars(scores: Mapping[str, Mapping[str, Interval | Estimate]], axis: str = "accuracy") -> Figure:
-    """Each split's score with its interval, as bars from 0, grouped by split.
+    """Each split's score with its interval, grouped by split.
+
+    Up to four series are bars from 0 with their figures. More would be as thin as lines: they are dots, on an axis that
+    need not begin at 0.
 
     Args:
         scores: by series (a method, or "before" and "after"): figure by split. A series may lack a split.
         axis: what the score is.
 
     Raises:
-        ValueError: there is no figure, or there are more than 12 series.
+        ValueError: there is no figure.
 
     Example:
         >>> figure = split_bars({"before": {"news": Estimate(0.8, 0.7, 0.9)}, "after": {"news": Estimate(0.9, 0.8, 1)}})
@@ -496,41 +514,57 @@ def split_bars(scores: Mapping[str, Mapping[str, Interval | Estimate]], axis: st
     names = list(dict.fromkeys(chain(*scores.values())))
     if not names:
         raise ValueError("a picture of splits needs at least one figure")
-    few = len(scores) <= 4
+    bars = len(scores) <= 4
     labels = [wrapped(name, 170, _SMALL) for name in names]
-    bar = 15.0 if few else 8.0
-    group = max(bar * len(scores), _LINE * max(map(_lines, labels))) + 10
-    figure = _figure((group * len(names) + 50) / _INCH, legend=list(scores))
+    step = 15.0 if bars else 9.0
+    group = max(step * len(scores), _LINE * max(map(_lines, labels))) + 10
+    figure = _figure((group * len(names) + 50) / _INCH, legend=list(scores) if len(scores) > 1 else ())
     axes = _bare(figure.subplots(), grid="x")
-    reach = max(_bounds(one)[2] or _bounds(one)[0] for series in scores.values() for one in series.values())
     for place, (name, style) in enumerate(styles(list(scores)).items()):
         found = [(row, scores[name][split]) for row, split in enumerate(names) if split in scores[name]]
-        heights = [row + (place - (len(scores) - 1) / 2) * bar / group for row, _ in found]
-        middles = [_bounds(one)[0] for _, one in found]
-        axes.barh(
-            heights,
-            middles,
-            height=0.86 * bar / group,
-            xerr=_arms([one for _, one in found]),
-            error_kw={"ecolor": _INK, "elinewidth": 1.1, "capsize": 0 if not few else 2},
-            color=style.colour,
-            hatch=style.hatch,
-            edgecolor="white",
-            linewidth=0.4,
-            label=name,
-        )
-        for height, (_, one) in zip(heights, found, strict=True) if few else ():
-            end = max(_bounds(one)[2] or _bounds(one)[0], 0.0)
-            text = f"{_bounds(one)[0]:.3f}".replace("-", _MINUS)
-            axes.text(end + 0.012 * reach, height, text, va="center", fontsize=_SMALL, color=_INK)
+        heights = [row + (place - (len(scores) - 1) / 2) * step / group for row, _ in found]
+        draw = _draw_bars if bars else _draw_dots
+        draw(axes, heights, [one for _, one in found], name, style, step / group)
+    for row in range(1, len(names)) if len(scores) > 1 else ():
+        axes.axhline(row - 0.5, color=_FAINT, lw=0.7)
     axes.set_yticks(range(len(names)), [_literal(label) for label in labels])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    lowest = min(_bounds(one)[1] or _bounds(one)[0] for series in scores.values() for one in series.values())
-    axes.set_xlim(min(0.0, 1.1 * lowest), (1.12 if few else 1.03) * max(reach, 0.0) or 1.0)
+    reached = [end for series in scores.values() for one in series.values() for end in _bounds(one) if end is not None]
+    low, high = _limits(reached)
+    room = 0.12 * (max(high, 0.0) - min(low, 0.0))  # for the figures
+    axes.set_xlim((min(low, 0.0), max(high, 0.0) + room) if bars else (low, high))
     _labels(axes, axis, "")
-    _legend(figure, *axes.get_legend_handles_labels())
+    if len(scores) > 1:
+        _legend(figure, *axes.get_legend_handles_labels())
     return figure
+
+
+def _draw_bars(
+    axes: Axes, heights: list[float], figures: list[Interval | Estimate], name: str, style: Style, step: float
+) -> None:
+    look: dict[str, Any] = {"color": style.colour, "hatch": style.hatch, "edgecolor": "white", "linewidth": 0.4}
+    error = {"ecolor": _INK, "elinewidth": 1.1, "capsize": 2}
+    middles = [_bounds(one)[0] for one in figures]
+    axes.barh(heights, middles, height=0.86 * step, xerr=_arms(figures), error_kw=error, label=_label(name), **look)
+    for height, one in zip(heights, figures, strict=True):
+        end = max([0.0, *(end for end in _bounds(one) if end is not None and math.isfinite(end))])
+        text = f"{_bounds(one)[0]:.3f}".replace("-", _MINUS)
+        beside: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, 0), "va": "center"}
+        axes.annotate(text, (end, height), fontsize=_SMALL, color=_INK, **beside)
+
+
+def _draw_dots(
+    axes: Axes, heights: list[float], figures: list[Interval | Estimate], name: str, style: Style, step: float
+) -> None:
+    look: dict[str, Any] = {
+        "fmt": style.marker,
+        "color": style.colour,
+        "ms": 5,
+        "elinewidth": 1.3,
+        "label": _label(name),
+    }
+    axes.errorbar([_bounds(one)[0] for one in figures], heights, xerr=_arms(figures), **look)
 
 
 # ---- what all of them share ------------------------------------------------------------------------------------------
@@ -622,11 +656,11 @@ def _bare(axes: Axes, grid: str) -> Axes:
 
 
 def _panels(names: Sequence[str], height: float, share_x: bool) -> tuple[Figure, list[Axes]]:
-    """A panel for each name, four beside each other; their scores share one axis."""
+    """A panel for each name, up to four beside each other; their scores share one axis."""
     if not names:
         raise ValueError("a picture of panels needs at least one series")
-    columns = min(4, len(names))
-    rows = math.ceil(len(names) / columns)
+    rows = math.ceil(len(names) / 4)
+    columns = math.ceil(len(names) / rows)
     heads = max(_lines(wrapped(name, _PANEL_ROOM, _SMALL)) for name in names)
     figure = _figure(rows * (height + (heads + 1) * _LINE / _INCH) + 0.6, width=0.6 + 2.05 * max(columns, 2))
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True, sharex=share_x)
@@ -652,10 +686,14 @@ def _labels(axes: Axes, x: str, y: str) -> None:
     axes.set_ylabel(_literal(y), fontsize=_NORMAL, color=_INK)
 
 
+def _label(name: str) -> str:
+    """For a legend: Matplotlib leaves out names that begin with `_`."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def _legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:
-    """Beside the axes. Matplotlib leaves out names that begin with `_`, so those get a space."""
-    shown = [_literal(wrapped(name, _NAME_ROOM, _SMALL)) for name in names]
-    shown = [f" {name}" if name.startswith("_") else name for name in shown]
+    """Beside the axes."""
+    shown = [_label(_literal(wrapped(name, _NAME_ROOM, _SMALL))) for name in names]
     figure.legend(handles, shown, loc="outside right upper", labelspacing=0.6, **_LEGEND)
 
 
@@ -666,7 +704,10 @@ def _mark(marker: str, face: str, edge: str) -> Artist:
 
 
 def _bounds(one: Interval | Estimate) -> tuple[float, float | None, float | None]:
-    return (one.mean if isinstance(one, Interval) else one.value), one.low, one.high
+    """Middle and ends of a figure. What is not finite, such as an exploded perplexity, becomes NaN or no end."""
+    middle = one.mean if isinstance(one, Interval) else one.value
+    low, high = (end if end is not None and math.isfinite(end) else None for end in (one.low, one.high))
+    return (middle if math.isfinite(middle) else math.nan), low, high
 
 
 def _arms(figures: Sequence[Interval | Estimate]) -> list[list[float]]:
@@ -677,13 +718,17 @@ def _arms(figures: Sequence[Interval | Estimate]) -> list[list[float]]:
 
 
 def _limits(values: Iterable[float]) -> tuple[float, float]:
-    found = list(values)
-    low, high = min(found), max(found)
+    found = [value for value in values if math.isfinite(value)]
+    low, high = min(found, default=0.0), max(found, default=1.0)
     pad = max(0.07 * (high - low), 0.002 * max(abs(low), abs(high)), 1e-9)
     return low - pad, high + pad
 
 
 def _signed(one: Interval | Estimate, digits: int) -> str:
+    def shown(value: float) -> str:
+        return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", _MINUS)  # -0.0 + 0.0 is 0.0
+
     middle, low, high = _bounds(one)
-    around = f"[{low:+.{digits}f}, {high:+.{digits}f}]" if low is not None and high is not None else "[one seed]"
-    return f"{middle:+.{digits}f} {around}".replace("-", _MINUS)
+    return f"{shown(middle)} " + (
+        f"[{shown(low)}, {shown(high)}]" if low is not None and high is not None else "[one seed]"
+    )
