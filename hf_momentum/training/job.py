@@ -20,10 +20,10 @@ from hf_momentum.evaluation import (
     SplitResult,
     causal_lm_statistics,
     changes,
-    classification_statistics,
     estimates,
     metrics_of,
 )
+from hf_momentum.evaluation.scores import classification_rows
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.training import corpus
 from hf_momentum.training.arguments import MomentumTrainingArguments
@@ -37,7 +37,7 @@ from hf_momentum.training.replay import ReplayMixture
 from hf_momentum.training.sources import Loader, Split
 from hf_momentum.training.trainer import MomentumTrainer
 
-_STATISTICS = {"causal_lm": causal_lm_statistics, "sequence_classification": classification_statistics}
+_STATISTICS = {"causal_lm": causal_lm_statistics, "sequence_classification": classification_rows}
 
 # Keys of a parameter group that a report leaves out: bookkeeping, or listed on their own.
 _NOT_SHOWN = {"params", "param_names", "initial_lr", "weight_decay", "algorithm", "maximize", "index", "observed"}
@@ -212,7 +212,7 @@ def _check_saving(training: MomentumTrainingArguments) -> None:
 
 
 def measure(trainer: MomentumTrainer, split: Split, when: str) -> np.ndarray:
-    """[examples, 3] statistics, gathered over all processes, in the order of the examples."""
+    """[examples, columns] statistics of the task, gathered over all processes, in the order of the examples."""
     output = trainer.predict(split.examples, metric_key_prefix=f"{when}_{split.name}")  # type: ignore[arg-type]
     return np.asarray(output.predictions, dtype=np.float64)
 
@@ -282,7 +282,7 @@ def _facts(recipe: Recipe, trainer: MomentumTrainer, train_split: Split, seconds
         "layout": layout(trainer.accelerator),
         "device": device,
         "time": f"{seconds:.0f} s for training and evaluation",
-        "peak memory": f"{_peak_memory(args.device) / 2**20:.0f} MiB"
+        "peak memory": f"{peak_memory(args.device) / 2**20:.0f} MiB"
         + (" in the first process" if args.world_size > 1 else ""),
         "versions": ", ".join(
             f"{name} {importlib.metadata.version(name)}"
@@ -305,7 +305,8 @@ def _surgery(recipe: Recipe) -> str:
     return f"{', '.join(what)}; {bloop.surgery}, lambda {lam}{rho}"
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
+    """The most memory that this process has held so far, in bytes: of the device if it is a GPU, else of the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
