@@ -60,8 +60,8 @@ example:
   hf-momentum stream --config sentiment_minilm --seeds 3 --output_dir outputs/stream \\
     --domains films=films.jsonl@train books=books.jsonl@train --eval films=films_test.jsonl@test books=b_test.jsonl@test
 
-Optimizer and learning-rate schedule begin anew in each stage. Each finished stage is kept: the same command, given again,
-runs only what is missing. Any field of a recipe but its data can be given as --field value."""
+Optimizer and learning-rate schedule begin anew in each stage. Each finished stage is kept: the same command, given
+again, runs only what is missing. Any field of a recipe but its data can be given as --field value."""
 
 RUN_HELP = """\
 Run any script or module that uses a Trainer with our --optim names registered, unchanged.
@@ -304,10 +304,14 @@ def _stream(words: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    entries = {"metavar": "NAME=SOURCE@SPLIT", "nargs": "*", "default": []}
+    entry = "NAME=SOURCE@SPLIT"
     parser.add_argument("--config", metavar="RECIPE", required=True, help="a YAML file, or a shipped recipe's name")
-    parser.add_argument("--domains", help="training data of each domain, in this order", **entries)
-    parser.add_argument("--eval", help="evaluation data of each domain, by the same names", **entries)
+    parser.add_argument(
+        "--domains", metavar=entry, nargs="*", default=[], help="training data of each domain, in this order"
+    )
+    parser.add_argument(
+        "--eval", metavar=entry, nargs="*", default=[], help="evaluation data of each domain, by the same names"
+    )
     parser.add_argument("--seeds", metavar="N", type=int, default=1, help="from the recipe's seed on (%(default)s)")
     parser.add_argument("--metric", metavar="NAME", help="of the matrix; the task's main one unless given")
     parser.add_argument("--output_dir", metavar="OUT", required=True, help="for the stages and the report")

@@ -204,7 +204,8 @@ class StreamReport:
         }
         worst = max(lost, key=lambda domain: lost[domain].mean)
         average = self.figures()["average forgetting"]
-        what = f"Average forgetting in {self.metric.replace('_', ' ')} is {average}, most on {worst} ({lost[worst].mean:.3f})"
+        name = self.metric.replace("_", " ")
+        what = f"Average forgetting in {name} is {average}, most on {worst} ({lost[worst].mean:.3f})"
         if average.low is None or average.high is None:
             return f"{what}; of a single seed, so nothing is known about other runs."
         if average.low > 0:
@@ -239,8 +240,8 @@ class StreamReport:
             Table(["", *map(literal, self.domains)], rows, caption=f"{name} on each domain, {over}"),
             Picture(
                 "forgetting_matrix",
-                f"{name.capitalize()} on each domain (columns) after each stage (rows), {over}; a frame marks the domain "
-                "that the stage was trained on.",
+                f"{name.capitalize()} on each domain (columns) after each stage (rows), {over}; a frame marks the "
+                "domain that the stage was trained on.",
                 f"A matrix of {name}: {len(self.stages)} stages by {len(self.domains)} domains.",
                 picture,
             ),
@@ -252,8 +253,8 @@ class StreamReport:
             ),
             Text(
                 "Intervals are 95 % t-intervals over seeds. The figures are those of Lopez-Paz and Ranzato (2017) and "
-                "Chaudhry et al. (2018), turned so that more forgetting is worse and more transfer is better for losses "
-                "too. Intervals over examples of every single cell are in the JSON."
+                "Chaudhry et al. (2018), turned so that more forgetting is worse and more transfer is better for "
+                "losses too. Intervals over examples of every single cell are in the JSON."
             ),
             Heading("What ran"),
             Bullets([f"**{fact}**: {literal(str(value))}" for fact, value in self.facts.items()]),

@@ -90,6 +90,7 @@ class Plan:
             words.append(f"--model_name_or_path={self.place(seed, stage - 1) / 'model'}")
         recipe = load_recipe(self.config, [*self.overrides, *words])
         recipe.data.shifted, recipe.data.must_not_forget, recipe.data.auxiliary = [], [], []
+        recipe.data.validation_dataset = None  # nothing is selected here
         if stage > 1:
             recipe.model.model_revision = None  # that is the base model's
         return recipe
@@ -227,9 +228,7 @@ def run_stage(made: Plan, seed: int, stage: int) -> Stage:
     trainer.processing_class.save_pretrained(partial)  # type: ignore[union-attr]
     shutil.rmtree(folder / "model", ignore_errors=True)
     partial.replace(folder / "model")
-    text = json.dumps(asdict(left), indent=1, ensure_ascii=False)
-    (folder / "stage.json.partial").write_text(text, encoding="utf-8")
-    (folder / "stage.json.partial").replace(folder / "stage.json")
+    write(made, seed, stage, left)
     if stage > 1:  # the last model is all that the rest of the stream needs
         shutil.rmtree(made.place(seed, stage - 1) / "model", ignore_errors=True)
     return left
@@ -242,6 +241,14 @@ def _measured(task: str, prepared: job.Prepared, when: str) -> dict[str, dict[st
         made = scorer(task, classes=getattr(config, "num_labels", 0), bytes_per_token=split.bytes_per_token)
         found[split.name] = scores(made, job.measure(prepared.trainer, split, when))
     return found
+
+
+def write(made: Plan, seed: int, stage: int, left: Stage) -> None:
+    """Keep what a stage left, whole, in its folder."""
+    path = made.place(seed, stage) / "stage.json"
+    partial = path.with_name("stage.json.partial")
+    partial.write_text(json.dumps(asdict(left), indent=1, ensure_ascii=False), encoding="utf-8")
+    partial.replace(path)
 
 
 def read(made: Plan, seed: int, stage: int) -> Stage | None:
