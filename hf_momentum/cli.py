@@ -52,6 +52,17 @@ postgresql+psycopg://user@host/db lets many machines work through one comparison
 command, given again, repeats only what was not finished. Any field of a recipe but the optimizer's own can be given as
 --field value. Exit status 1: a run failed."""
 
+STREAM_HELP = """\
+Fine-tune one model through a sequence of domains, measure it on all of them before and after each, and draw the
+forgetting matrix: what the model could do on every domain after every stage.
+
+example:
+  hf-momentum stream --config sentiment_minilm --seeds 3 --output_dir outputs/stream \\
+    --domains films=films.jsonl@train books=books.jsonl@train --eval films=films_test.jsonl@test books=b_test.jsonl@test
+
+Optimizer and learning-rate schedule begin anew in each stage. Each finished stage is kept: the same command, given
+again, runs only what is missing. Any field of a recipe but its data can be given as --field value."""
+
 RUN_HELP = """\
 Run any script or module that uses a Trainer with our --optim names registered, unchanged.
 
@@ -106,6 +117,7 @@ def _dispatch(words: list[str]) -> int:
     commands.add_parser("train", help="run a recipe and write its report", add_help=False)
     commands.add_parser("pareto", help="compare gradient surgeries by their fronts", add_help=False)
     commands.add_parser("compare", help="compare tuned optimizers over seeds", add_help=False)
+    commands.add_parser("stream", help="fine-tune through domains and see what is forgotten", add_help=False)
     commands.add_parser("run", help="run any script with our --optim names", add_help=False)
     commands.add_parser("export", help="write a checkpoint as a plain folder", add_help=False)
     commands.add_parser("optimizers", help="list the optimizers and their arguments")
@@ -117,6 +129,8 @@ def _dispatch(words: list[str]) -> int:
         return _pareto(rest)
     if command == "compare":
         return _compare(rest)
+    if command == "stream":
+        return _stream(rest)
     if command == "run":
         return _run(rest)
     if command == "export":
@@ -281,6 +295,42 @@ def _compare(words: list[str]) -> int:
         )
     )
     return 1 if any(run.status == "failed" for run in report.runs) else 0
+
+
+def _stream(words: list[str]) -> int:
+    parser = _OneLineParser(
+        prog="hf-momentum stream",
+        description=STREAM_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    entry = "NAME=SOURCE@SPLIT"
+    parser.add_argument("--config", metavar="RECIPE", required=True, help="a YAML file, or a shipped recipe's name")
+    parser.add_argument(
+        "--domains", metavar=entry, nargs="*", default=[], help="training data of each domain, in this order"
+    )
+    parser.add_argument(
+        "--eval", metavar=entry, nargs="*", default=[], help="evaluation data of each domain, by the same names"
+    )
+    parser.add_argument("--seeds", metavar="N", type=int, default=1, help="from the recipe's seed on (%(default)s)")
+    parser.add_argument("--metric", metavar="NAME", help="of the matrix; the task's main one unless given")
+    parser.add_argument("--output_dir", metavar="OUT", required=True, help="for the stages and the report")
+    known, overrides = parser.parse_known_args(words)
+    from hf_momentum.training import stream
+
+    made = stream.plan(
+        known.config,
+        overrides,
+        domains=known.domains,
+        evaluation=known.eval,
+        seeds=known.seeds,
+        metric=known.metric,
+        folder=known.output_dir,
+    )
+    report = stream.report(made, stream.run_streams(made))
+    path = report.write(Path(known.output_dir))
+    print(f"\n{report.verdict()}\nReport: {path} (and report.md, stream.json, plots/)", flush=True)
+    return 0
 
 
 def _run(words: list[str]) -> int:
