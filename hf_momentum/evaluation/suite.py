@@ -153,7 +153,8 @@ class Suite:
         if most < 1:
             raise InputError(f"max_examples must be at least 1, got {most}")
         return replace(
-            self, splits=tuple(replace(split, max_examples=min(most, split.max_examples or most)) for split in self.splits)
+            self,
+            splits=tuple(replace(split, max_examples=min(most, split.max_examples or most)) for split in self.splits),
         )
 
 
@@ -230,7 +231,9 @@ def _splits(
     """What one entry stands for: a split, or one for each severity."""
     where = f"{suite}, split {name!r}"
     if not isinstance(name, str) or not name or not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
-        raise InputError(f"{where}: a name is made of letters, digits, '_', '-' and '.'; put it in quotes if it is a number")
+        raise InputError(
+            f"{where}: a name is made of letters, digits, '_', '-' and '.'; put it in quotes if it is a number"
+        )
     if not isinstance(entry, dict):
         raise InputError(f"{where}: expected keys such as role and source, got {type(entry).__name__}")
     if "of" in entry or "corruption" in entry:
@@ -245,7 +248,9 @@ def _splits(
     if "source" in entry and "lm_eval" in entry:
         raise InputError(f"{where} has both source and lm_eval; leave one out")
     if not entry.get("source") and not entry.get("lm_eval"):
-        raise InputError(f"{where} has no source; write source: SOURCE@SPLIT, or of: with corruption:, or lm_eval: TASK")
+        raise InputError(
+            f"{where} has no source; write source: SOURCE@SPLIT, or of: with corruption:, or lm_eval: TASK"
+        )
     values = {**shared, **entry}
     for key in ("metrics", "classes"):
         if key in values:
@@ -259,7 +264,9 @@ def _role(where: str, entry: Mapping[str, Any]) -> tuple[Any, Any]:
     if role is None:
         raise InputError(f"{where} has no role; one of {', '.join(_ROLE_WORDS)}")
     if role not in _ROLE_WORDS:
-        raise InputError(f"{where}: role {role!r} is not accepted{nearest(role, _ROLE_WORDS)}; one of {', '.join(_ROLE_WORDS)}")
+        raise InputError(
+            f"{where}: role {role!r} is not accepted{nearest(role, _ROLE_WORDS)}; one of {', '.join(_ROLE_WORDS)}"
+        )
     if kind is not None and kind not in SHIFTS:
         raise InputError(f"{where}: kind {kind!r} is not accepted{nearest(kind, SHIFTS)}; one of {', '.join(SHIFTS)}")
     if role == "shifted" and kind is None and "corruption" not in entry:
@@ -304,7 +311,9 @@ def _corrupted(where: str, name: str, entry: Mapping[str, Any], before: Mapping[
         )
     clean = before[entry["of"]]
     if clean.corruption is not None or clean.lm_eval is not None or clean.task == "generation":
-        raise InputError(f"{where}: the rows of {clean.name!r} cannot be corrupted; name a split with a source of its own")
+        raise InputError(
+            f"{where}: the rows of {clean.name!r} cannot be corrupted; name a split with a source of its own"
+        )
     role, kind = _role(where, entry)
     if role != "shifted" or kind not in (None, "corruption"):
         raise InputError(f"{where} is corrupted, so its role is shifted and its kind corruption")

@@ -282,7 +282,7 @@ def _facts(recipe: Recipe, trainer: MomentumTrainer, train_split: Split, seconds
         "layout": layout(trainer.accelerator),
         "device": device,
         "time": f"{seconds:.0f} s for training and evaluation",
-        "peak memory": f"{_peak_memory(args.device) / 2**20:.0f} MiB"
+        "peak memory": f"{peak_memory(args.device) / 2**20:.0f} MiB"
         + (" in the first process" if args.world_size > 1 else ""),
         "versions": ", ".join(
             f"{name} {importlib.metadata.version(name)}"
@@ -305,7 +305,8 @@ def _surgery(recipe: Recipe) -> str:
     return f"{', '.join(what)}; {bloop.surgery}, lambda {lam}{rho}"
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
+    """The most memory that this process has held so far, in bytes: of the device if it is a GPU, else of the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
