@@ -99,11 +99,10 @@ def fit(baselines: Sequence[Point], scale: Scale = "logit") -> Fit:
             for value in (point.in_distribution, point.shifted):
                 if value < 0 or value > 1:
                     raise ValueError(f"accuracy of baseline {point.label!r} must lie between 0 and 1, got {value}")
-    placed = [
-        (point, *(_scaled(value, scale) for value in (point.in_distribution, point.shifted))) for point in baselines
-    ]
-    used = [(x, y) for _, x, y in placed if math.isfinite(x) and math.isfinite(y)]
-    left_out = [point for point, x, y in placed if not (math.isfinite(x) and math.isfinite(y))]
+    placed = [(_scaled(point.in_distribution, scale), _scaled(point.shifted, scale)) for point in baselines]
+    finite = [math.isfinite(x) and math.isfinite(y) for x, y in placed]
+    used = [place for place, fits in zip(placed, finite, strict=True) if fits]
+    left_out = [point for point, fits in zip(baselines, finite, strict=True) if not fits]
     different = _different([x for x, _ in used])
     if different < 2:
         without = (
