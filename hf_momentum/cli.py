@@ -37,7 +37,7 @@ OUT/runs.jsonl: the same command, given again, runs only what is missing. Any fi
 data_seed can be given as --field value. Exit status 1: a run failed."""
 
 EVALUATE_HELP = """\
-Score a model on every split of a suite: in distribution, under shift, on corrupted rows, and on what it must not forget.
+Score a model on every split of a suite: in distribution, under shift, on corrupted rows, on what it must not forget.
 
 examples:
   hf-momentum evaluate --model outputs/quickstart --suite stdlib --output_dir outputs/quickstart_stdlib
@@ -46,8 +46,8 @@ examples:
     --source products=products_test.jsonl --source news=news_test.jsonl
   hf-momentum evaluate --model mine --suite reviews --baselines outputs/a/report.json outputs/b/report.json
 
-MODEL is a Hub name, a folder, PEFT adapters, or a checkpoint of a run under any launch. SUITE is a YAML file or a shipped
-one: stdlib (language models; needs no network), reviews (sentiment). Intervals are over examples."""
+MODEL is a Hub name, a folder, PEFT adapters, or a checkpoint of a run under any launch. SUITE is a YAML file or a
+shipped one: stdlib (language models; needs no network), reviews (sentiment). Intervals are over examples."""
 
 RUN_HELP = """\
 Run any script or module that uses a Trainer with our --optim names registered, unchanged.

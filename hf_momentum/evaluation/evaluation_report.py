@@ -99,16 +99,19 @@ class EvaluationReport:
             raise InputError(f"{name} is not JSON: {error}") from error
         if not isinstance(content, dict) or content.pop("kind", None) != KIND:
             raise InputError(f"{name} is no report of `hf-momentum evaluate`; name a report.json that it wrote")
-        return EvaluationReport(
-            **{
-                **content,
-                "splits": [_split_of(one) for one in content["splits"]],
-                "gaps": [_against_of(one) for one in content["gaps"]],
-                "means": [Mean(**{**one, "scores": _scores_of(one["scores"])}) for one in content["means"]],
-                "changes": [_against_of(one) for one in content["changes"]],
-                "robustness": [_robustness_of(one) for one in content["robustness"]],
-            }
-        )
+        try:
+            return EvaluationReport(
+                **{
+                    **content,
+                    "splits": [_split_of(one) for one in content["splits"]],
+                    "gaps": [_against_of(one) for one in content["gaps"]],
+                    "means": [_mean_of(one) for one in content["means"]],
+                    "changes": [_against_of(one) for one in content["changes"]],
+                    "robustness": [_robustness_of(one) for one in content["robustness"]],
+                }
+            )
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{name} is a report of another version ({error}); evaluate that model again") from error
 
     def values(self) -> dict[str, dict[str, float]]:
         """Each metric's value by split, as other reports take it for a baseline."""
@@ -194,7 +197,7 @@ class EvaluationReport:
         blocks: list[Block] = [Verdict(literal(self.verdict()))]
         if self._sentences():
             blocks.append(Bullets(self._sentences()))
-        blocks += [Heading("Every split"), self._table(), Text(INTERVALS)]
+        blocks += [Heading("Every split"), self._table(), Text(INTERVALS), self._bars()]
         blocks += [*self._shift(), *self._groups(), *self._corruptions(), *self._calibration(), *self._forgetting()]
         blocks += [
             Heading("What ran"),
@@ -257,13 +260,11 @@ class EvaluationReport:
 
     def _sentences(self) -> list[str]:
         """What the differences say, one sentence for each shift and each change from the base."""
-        said = [_gap_sentence(gap) for gap in self.gaps]
+        within = {name for mean in self.means for name in mean.splits}
+        said = [_gap_sentence(gap) for gap in self.gaps if gap.split not in within]
         for mean in self.means:
-            metric, value = next(iter(mean.scores.items()))
-            said.append(
-                f"**{literal(mean.corruption)}** of {literal(mean.of)}, mean over severities "
-                f"{_listed([str(severity) for severity in mean.severities])}: {_words(metric)} {value}."
-            )
+            name = f"**{literal(mean.corruption)}** of {literal(mean.of)}, mean over severities {_steps(mean)}"
+            said.append(_difference_sentence(name, *next(iter(mean.changes.items()))))
         roles = {split.name: split.role for split in self.splits}
         said += [_change_sentence(one, roles[one.split]) for one in self.changes]
         for one in self.robustness:
@@ -290,7 +291,8 @@ class EvaluationReport:
             Heading("Under shift"),
             Picture(
                 "gaps",
-                f"{_words(metric).capitalize()} under shift less that in distribution, with 95 % intervals over examples.",
+                f"{_words(metric).capitalize()} under shift less that in distribution, with 95 % intervals over "
+                "examples.",
                 f"Differences of {_words(metric)} for {_listed([row.label for row in rows])}",
                 pictures.differences(rows, f"difference in {_words(metric)} ({better})"),
             ),
@@ -304,8 +306,8 @@ class EvaluationReport:
         said = (
             f"{literal(one.split)}: {one.reason}, so effective robustness is not known."
             if one.effective is None
-            else f"Effective robustness on {literal(one.split)}: {_signed(one.effective)}. The line through the baselines "
-            "is taken as known."
+            else f"Effective robustness on {literal(one.split)}: {_signed(one.effective)}. The line through the "
+            "baselines is taken as known."
         )
         return [
             Picture(
@@ -335,34 +337,66 @@ class EvaluationReport:
             tables.append(Table(["group", *map(_words, split.scores)], rows, caption=literal(split.name)))
         header = ["split", "metric", "all", "worst group", "there"]
         said = (
-            "The interval of the worst group is that of this group alone. That it was chosen as the worst is not in it: "
-            "among many small groups the worst looks worse than it is."
+            "The interval of the worst group is that of this group alone. That it was chosen as the worst is not in "
+            "it: among many small groups the worst looks worse than it is."
         )
         return [Heading("Worst group"), Table(header, worst, left=2), Text(said), Details("All groups", tables)]
 
-    def _corruptions(self) -> list[Block]:
-        families: dict[str, list[SplitScores]] = {}
-        for split in self.splits:
-            if split.corruption is not None:
-                families.setdefault(f"{split.corruption} of {self._clean(split)}", []).append(split)
-        families = {name: family for name, family in families.items() if len(family) > 1}
-        if not families:
-            return []
-        rows = [
-            [literal(name), *(str(split.severity) for split in [one]), *(str(one.scores[m]) for m in one.scores)]
-            for name, family in families.items()
-            for one in family
-        ]
-        metrics = list(next(iter(families.values()))[0].scores)
-        for mean in self.means:
-            rows.append([literal(f"{mean.corruption} of {mean.of}"), "mean", *map(str, mean.scores.values())])
-        return [Heading("Corruptions"), Table(["corruption", "severity", *map(_words, metrics)], rows, left=2)]
+    def _bars(self) -> Picture:
+        """The main metric of the first split, wherever it was measured."""
+        metric = _main(self.splits[0])
+        shown = {split.name: split.scores[metric] for split in self.splits if metric in split.scores}
+        return Picture(
+            "splits",
+            f"{_words(metric).capitalize()} on every split, with 95 % intervals over examples.",
+            f"Bars of {_words(metric)} for {_listed(list(shown))}",
+            pictures.split_bars({_short(self.model): shown}, _words(metric)),
+        )
 
-    def _clean(self, split: SplitScores) -> str:
-        return next((gap.other for gap in self.gaps if gap.split == split.name), "")
+    def _corruptions(self) -> list[Block]:
+        if not self.means:
+            return []
+        by_name = {split.name: split for split in self.splits}
+        metrics = list(self.means[0].scores)
+        metric = metrics[0]
+        curves: dict[str, dict[int, Estimate]] = {}
+        for mean in self.means:
+            family = [by_name[mean.of], *(by_name[name] for name in mean.splits)]
+            curves[f"{mean.corruption} of {mean.of}"] = {
+                split.severity: split.scores[metric] for split in family if metric in split.scores
+            }
+        rows = [
+            [
+                literal(f"{mean.corruption} of {mean.of}"),
+                _steps(mean),
+                *(str(mean.scores[name]) if name in mean.scores else "" for name in metrics),
+            ]
+            for mean in self.means
+        ]
+        return [
+            Heading("Corruptions"),
+            Picture(
+                "severities",
+                f"{_words(metric).capitalize()} by severity, with 95 % intervals over examples. Severities are ours, not "
+                "those of a benchmark.",
+                f"Curves of {_words(metric)} over severities for {_listed(list(curves))}",
+                pictures.severities(curves, _words(metric)),
+            ),
+            Table(["corruption", "mean over severities", *map(_words, metrics)], rows, left=2),
+        ]
 
     def _calibration(self) -> list[Block]:
-        return []
+        bins = {
+            split.name: split.reliability for split in self.splits if split.reliability and split.corruption is None
+        }
+        if not bins:
+            return []
+        caption = (
+            "How often the model is right against how confident it says it is. On the diagonal the two agree; below it "
+            "the model is overconfident."
+        )
+        alt = f"Reliability diagrams for {_listed(list(bins))}"
+        return [Heading("Calibration"), Picture("reliability", caption, alt, pictures.reliability(bins))]
 
     def _forgetting(self) -> list[Block]:
         if not self.changes:
@@ -424,22 +458,27 @@ def _worse(metric: str, change: Estimate) -> bool:
     return change.low > 0 if lower_is_better(metric) else change.high < 0
 
 
+def _steps(mean: Mean) -> str:
+    return _listed([str(severity) for severity in mean.severities])
+
+
 def _gap_sentence(gap: Against) -> str:
-    metric, change = next(iter(gap.scores.items()))
     name = f"**{literal(gap.split)}** against {literal(gap.other)}"
-    if not change.excludes_zero:
-        return f"{name}: no significant difference in {_words(metric)}, {_signed(change)}."
-    return f"{name}: {_words(metric)} is {'worse' if _worse(metric, change) else 'better'} by {_size(change)}."
+    return _difference_sentence(name, *next(iter(gap.scores.items())))
 
 
 def _change_sentence(one: Against, role: str) -> str:
     metric, change = next(iter(one.scores.items()))
     name = f"**{literal(one.split)}** ({role}) against the base model"
+    if role == "must not forget" and change.excludes_zero and _worse(metric, change):
+        return f"{name}: forgetting, {_words(metric)} is worse by {_size(change)}."
+    return _difference_sentence(name, metric, change)
+
+
+def _difference_sentence(name: str, metric: str, change: Estimate) -> str:
     if not change.excludes_zero:
         return f"{name}: no significant difference in {_words(metric)}, {_signed(change)}."
-    if _worse(metric, change):
-        return f"{name}: {'forgetting, ' if role == 'must not forget' else ''}{_words(metric)} is worse by {_size(change)}."
-    return f"{name}: {_words(metric)} is better by {_size(change)}."
+    return f"{name}: {_words(metric)} is {'worse' if _worse(metric, change) else 'better'} by {_size(change)}."
 
 
 def _size(change: Estimate) -> str:
@@ -456,6 +495,10 @@ def _scores_of(content: Mapping[str, Any]) -> dict[str, Estimate]:
 
 def _against_of(content: Mapping[str, Any]) -> Against:
     return Against(**{**content, "scores": _scores_of(content["scores"])})
+
+
+def _mean_of(content: Mapping[str, Any]) -> Mean:
+    return Mean(**{**content, "scores": _scores_of(content["scores"]), "changes": _scores_of(content["changes"])})
 
 
 def _split_of(content: Mapping[str, Any]) -> SplitScores:

@@ -2,15 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 
 from hf_momentum.evaluation import robustness
 from hf_momentum.evaluation.metrics import Estimate, _estimate, _resampled_sums, estimates
 from hf_momentum.evaluation.results import Point, SplitScores
-from hf_momentum.evaluation.scores import LOWER_IS_BETTER, Scorer, by_group, gap, paired, reliability, scorer, scores
+from hf_momentum.evaluation.scores import (
+    LOWER_IS_BETTER,
+    Metric,
+    Scorer,
+    by_group,
+    gap,
+    paired,
+    reliability,
+    scorer,
+    scores,
+)
 from hf_momentum.evaluation.suite import CLASSIFIERS, SuiteSplit
-
 
 _SHARES = {"accuracy", "token_accuracy", "exact_match", "f1", "f1_binary", "acc", "acc_norm"}
 
@@ -51,12 +62,21 @@ class Against:
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of each metric over several severities of one corruption of the same examples."""
+    """The mean of each metric over several severities of one corruption of the same examples.
+
+    Attributes:
+        corruption, of: what was done to the rows of which split.
+        splits, severities: that were measured.
+        scores: the means.
+        changes: the means less the clean rows' scores, over the same examples.
+    """
 
     corruption: str
     of: str
+    splits: Sequence[str]
     severities: Sequence[int]
     scores: Mapping[str, Estimate]
+    changes: Mapping[str, Estimate]
 
 
 @dataclass(frozen=True)
@@ -119,9 +139,9 @@ def scored(measured: Measured, seed: int = 0) -> SplitScores:
 
 
 def gaps(measured: Sequence[Measured], seed: int = 0) -> list[Against]:
-    """Every shifted split against the one that it is a shift of: the clean rows of a corrupted split, otherwise the first
-    split in distribution with the same metrics. Splits that have no such counterpart are left out.
+    """Every shifted split against the one that it is a shift of; splits that have no such counterpart are left out.
 
+    That is the clean rows of a corrupted split, and otherwise the first split in distribution with the same metrics.
     Corrupted rows are paired with the clean ones, since they are the same examples; others are resampled on their own.
     """
     by_name = {one.split.name: one for one in measured}
@@ -205,12 +225,19 @@ def _value(measured: Measured, metric: str) -> float:
 
 def means_over_severities(measured: Sequence[Measured], seed: int = 0) -> list[Mean]:
     """The mean over severities wherever a corruption of a split was measured at more than one."""
+    clean = {one.split.name: one for one in measured}
     families: dict[tuple[str, str], list[Measured]] = {}
     for one in measured:
         if one.split.corruption is not None and one.split.of is not None:
             families.setdefault((one.split.corruption, one.split.of), []).append(one)
     return [
-        Mean(corruption, of, [one.split.severity for one in family], _mean_scores(family, seed))
+        Mean(
+            corruption,
+            of,
+            [one.split.name for one in family],
+            [one.split.severity for one in family],
+            *_mean_scores(clean[of], family, seed),
+        )
         for (corruption, of), family in families.items()
         if len(family) > 1
     ]
@@ -226,22 +253,29 @@ def lower_is_better(metric: str) -> bool:
     return metric in LOWER_IS_BETTER or metric.endswith("perplexity")
 
 
-def _mean_scores(family: Sequence[Measured], seed: int) -> dict[str, Estimate]:
+def _mean_scores(
+    clean: Measured, family: Sequence[Measured], seed: int
+) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
     """One bootstrap for all severities: their columns side by side, so that an example is drawn with all it has."""
-    columns = [one.scorer.columns(np.asarray(one.rows, dtype=np.float64)) for one in family]
+    columns = [one.scorer.columns(np.asarray(one.rows, dtype=np.float64)) for one in (clean, *family)]
     ends = np.cumsum([0, *(each.shape[1] for each in columns)])
-    names = [name for name in family[0].scorer.metrics if all(name in one.scorer.metrics for one in family)]
+    places = [slice(start, stop) for start, stop in pairwise(ends)]
+    metrics: dict[str, Metric] = {}
+    changes: dict[str, Metric] = {}
+    for name, metric in family[0].scorer.metrics.items():
+        if all(name in one.scorer.metrics for one in (clean, *family)):
+            metrics[name] = partial(_mean_of, metric, places[1:])
+            changes[name] = partial(_change_of, metric, places)
+    together = np.concatenate(columns, axis=1)
+    return estimates(together, metrics, seed), estimates(together, changes, seed)
 
-    def mean(sums: np.ndarray, name: str) -> np.ndarray:
-        parts = [
-            one.scorer.metrics[name](sums[..., start:stop])
-            for one, start, stop in zip(family, ends[:-1], ends[1:], strict=True)
-        ]
-        return np.mean(parts, axis=0)
 
-    return estimates(
-        np.concatenate(columns, axis=1), {name: lambda sums, name=name: mean(sums, name) for name in names}, seed
-    )
+def _mean_of(metric: Metric, places: Sequence[slice], sums: np.ndarray) -> np.ndarray:
+    return np.asarray(np.mean([metric(sums[..., place]) for place in places], axis=0))
+
+
+def _change_of(metric: Metric, places: Sequence[slice], sums: np.ndarray) -> np.ndarray:
+    return _mean_of(metric, places[1:], sums) - metric(sums[..., places[0]])
 
 
 def _comparable(one: Measured, other: Measured) -> bool:

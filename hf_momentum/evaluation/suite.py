@@ -40,7 +40,8 @@ class SuiteSplit:
         classes: names of the model's outputs in their order, where its configuration does not name them.
         block_size: tokens of context at most; None for as many as the model takes.
         max_examples: use only so many, drawn by `seed`; None for all.
-        seed: of that draw.
+        max_characters: use only so many of each text, from its beginning; None for all.
+        seed: of the draw of examples.
         max_new_tokens: for generation.
         extract: for generation: a regular expression; its first group (or the whole match) is compared.
         lm_eval_folder: where the YAML of lm_eval tasks of your own lies.
@@ -66,6 +67,7 @@ class SuiteSplit:
     classes: tuple[str, ...] = ()
     block_size: int | None = None
     max_examples: int | None = None
+    max_characters: int | None = None
     seed: int = 0
     max_new_tokens: int = 32
     extract: str | None = None
@@ -85,6 +87,7 @@ SHARED: Mapping[str, type] = {
     "classes": list,
     "block_size": int,
     "max_examples": int,
+    "max_characters": int,
     "seed": int,
     "max_new_tokens": int,
     "extract": str,
@@ -102,7 +105,7 @@ _CORRUPTED: Mapping[str, type] = {
     "seed": int,
     "metrics": list,
 }
-_AT_LEAST_ONE = ("block_size", "max_examples", "max_new_tokens")
+_AT_LEAST_ONE = ("block_size", "max_examples", "max_characters", "max_new_tokens")
 
 
 @dataclass(frozen=True)

@@ -145,8 +145,8 @@ def _measure_split(evaluated: Evaluated, split: SuiteSplit, rows: datasets.Datas
             numbers = ROWS[split.task](evaluated, rows, split, batch_size)
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"split {split.name!r} does not fit into the memory of {evaluated.device} with batch_size {batch_size}; lower "
-            "it, or block_size in the suite"
+            f"split {split.name!r} does not fit into the memory of {evaluated.device} with batch_size {batch_size}; "
+            "lower it, or block_size in the suite"
         ) from error
     classes = evaluated.model.config.num_labels if split.task.endswith("classification") else 0
     groups = [] if split.group_column is None else [str(group) for group in rows[split.group_column]]

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness (extra `lm-eval`) as splits of a suite: one row for each document, as for any other."""
+"""Tasks of lm-evaluation-harness (extra `lm-eval`) as splits of a suite: a row for each document, as for any other."""
 
 import contextlib
 import io
@@ -56,9 +56,8 @@ def measure_task(evaluated: Evaluated, split: SuiteSplit, batch_size: int) -> Me
     with contextlib.redirect_stdout(io.StringIO()):
         manager = TaskManager(include_path=split.lm_eval_folder)
     if split.lm_eval not in manager.all_tasks:
-        raise InputError(
-            f"split {split.name!r}: lm_eval knows no task {split.lm_eval!r}{nearest(str(split.lm_eval), manager.all_tasks)}"
-        )
+        hint = nearest(str(split.lm_eval), manager.all_tasks)
+        raise InputError(f"split {split.name!r}: lm_eval knows no task {split.lm_eval!r}{hint}")
     limit = {} if split.block_size is None else {"max_length": split.block_size}
     model = HFLM(pretrained=evaluated.model, tokenizer=evaluated.processor, batch_size=batch_size, **limit)
     found = lm_eval.simple_evaluate(
@@ -106,8 +105,9 @@ def measured(split: SuiteSplit, samples: Sequence[Mapping[str, Any]], results: M
     names = split.metrics or tuple(agreeing)
     lacking = [name for name in names if name not in agreeing]
     if lacking or not names:
+        which = f"metric {lacking[0]!r}" if lacking else "metric"
         raise InputError(
-            f"split {split.name!r}: task {split.lm_eval} has no metric {lacking[0] if lacking else ''!r} that is a mean "
-            f"over documents; it has {', '.join(agreeing) or 'none'}"
+            f"split {split.name!r}: task {split.lm_eval} has no {which} that is a mean over documents; it has "
+            f"{', '.join(agreeing) or 'none'}"
         )
     return Measured(split, rows, Scorer("lm_eval", lambda rows: rows, {name: agreeing[name] for name in names}))

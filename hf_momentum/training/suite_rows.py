@@ -51,6 +51,9 @@ def load_rows(split: SuiteSplit) -> datasets.Dataset:
         rows = rows.shuffle(seed=split.seed).select(range(split.max_examples))
     if split.task in CLASSIFIERS:
         _check_labelled(rows, split)
+    if split.max_characters is not None and split.task in ("causal_lm", "sequence_classification"):
+        column, most = split.text_column, split.max_characters
+        rows = rows.map(lambda row: {column: str(row[column])[:most]}, desc=f"cutting {split.name}")
     if split.corruption is not None:
         column = split.image_column if split.task == "image_classification" else split.text_column
         rows = corrupt(rows, split.corruption, split.severity, split.corruption_seed, column)
@@ -208,7 +211,8 @@ def written_rows(evaluated: Evaluated, rows: datasets.Dataset, split: SuiteSplit
     room = min((limit for limit in (split.block_size, evaluated.context) if limit), default=2048) - split.max_new_tokens
     if room < 1:
         raise InputError(
-            f"split {split.name!r}: max_new_tokens {split.max_new_tokens} leaves no room for a prompt in the model's context"
+            f"split {split.name!r}: max_new_tokens {split.max_new_tokens} leaves no room for a prompt in the model's "
+            "context; lower it"
         )
     prompts = [tokenizer(str(text), verbose=False)["input_ids"][-room:] for text in rows[split.prompt_column]]
     config = GenerationConfig(
