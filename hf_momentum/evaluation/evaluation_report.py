@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class EvaluationReport:
         model: as it was asked for.
         suite: its name.
         splits: scores of each, in the suite's order.
+        tasks: of each split, by its name.
         gaps: shifted splits against the ones that they are shifts of.
         means: over severities of a corruption.
         base: the model that forgetting is measured against; None without one.
@@ -60,12 +61,13 @@ class EvaluationReport:
     model: str
     suite: str
     splits: Sequence[SplitScores]
+    tasks: Mapping[str, str] = field(default_factory=dict)
     gaps: Sequence[Against] = ()
     means: Sequence[Mean] = ()
     base: str | None = None
     changes: Sequence[Against] = ()
     robustness: Sequence[Robustness] = ()
-    facts: Mapping[str, str] | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
     suite_yaml: str = ""
     command: str = ""
@@ -130,9 +132,10 @@ class EvaluationReport:
         name = _short(self.model)
         results = [
             EvalResult(
-                task_type=_HUB_TASKS.get(self._task(split), "other"),
+                task_type=_HUB_TASKS.get(self.tasks.get(split.name, ""), "other"),
                 dataset_type=split.source.partition("@")[0] or split.name,
                 dataset_name=f"{split.name} ({_what(split)})",
+                dataset_config=split.name,  # the Hub joins results of what has no other name
                 dataset_split=split.source.partition("@")[2] or None,
                 metric_type=metric,
                 metric_name=f"{_words(metric)}, 95 % over examples [{one.low:.4f}, {one.high:.4f}]",
@@ -201,7 +204,7 @@ class EvaluationReport:
         blocks += [*self._shift(), *self._groups(), *self._corruptions(), *self._calibration(), *self._forgetting()]
         blocks += [
             Heading("What ran"),
-            Bullets([f"**{name}**: {literal(text)}" for name, text in (self.facts or {}).items()]),
+            Bullets([f"**{name}**: {literal(text)}" for name, text in self.facts.items()]),
         ]
         if self.notes:
             blocks.append(Bullets([literal(note) for note in self.notes]))
@@ -230,13 +233,6 @@ class EvaluationReport:
     def _metrics(self) -> list[str]:
         """All metrics of all splits, in the order of their first occurrence."""
         return list(dict.fromkeys(metric for split in self.splits for metric in split.scores))
-
-    def _task(self, split: SplitScores) -> str:
-        if "exact_match" in split.scores:
-            return "generation"
-        return (
-            "causal_lm" if {"perplexity", "token_accuracy", "bits_per_byte"} & set(split.scores) else "classification"
-        )
 
     def _table(self) -> Table:
         header = ["split", "what it is", "examples", *(f"{_words(metric)}" for metric in self._metrics)]
@@ -419,7 +415,12 @@ class EvaluationReport:
 
 # ---- words -----------------------------------------------------------------------------------------------------------
 
-_HUB_TASKS = {"causal_lm": "text-generation", "generation": "text-generation", "classification": "text-classification"}
+_HUB_TASKS = {
+    "causal_lm": "text-generation",
+    "generation": "text-generation",
+    "sequence_classification": "text-classification",
+    "image_classification": "image-classification",
+}
 
 
 def _main(split: SplitScores) -> str:

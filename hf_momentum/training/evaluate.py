@@ -22,13 +22,14 @@ from hf_momentum.evaluation.measured import (
     scored,
     scorer_of,
 )
-from hf_momentum.evaluation.suite import Suite, SuiteSplit, overridden_sources, read_suite
+from hf_momentum.evaluation.suite import Suite, SuiteSplit
 from hf_momentum.training import corpus
 from hf_momentum.training.evaluated import Evaluated, load_evaluated
 from hf_momentum.training.harness import harness, measure_task
 from hf_momentum.training.job import peak_memory
-from hf_momentum.training.recipe import find_shipped
-from hf_momentum.training.suite_rows import ROWS, load_rows
+from hf_momentum.training.suite_rows import ROWS, load_rows, load_suite
+
+__all__ = ["Settings", "command_of", "evaluate", "load_suite", "measure"]
 
 # generation and causal_lm are tasks of one and the same model.
 _MODEL_OF = {"generation": "causal_lm"}
@@ -59,30 +60,6 @@ class Settings:
     seed: int = 0
 
 
-def load_suite(name: str, sources: Sequence[str] = (), max_examples: int | None = None) -> Suite:
-    """A suite from a YAML file, or one that is shipped.
-
-    Args:
-        name: a path, or a name such as "stdlib".
-        sources: entries NAME=SOURCE@SPLIT that replace the source of a split.
-        max_examples: of every split at most.
-
-    Raises:
-        InputError: there is no such suite, or it cannot be used.
-
-    Example:
-        >>> [split.name for split in load_suite("reviews").splits]
-        ['movies', 'products', 'news', 'typos_1', 'typos_3', 'typos_5']
-    """
-    path = find_shipped(name, "suites", "suite")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not a text file in UTF-8, so it is no suite") from error
-    suite = read_suite(text, path.stem, overridden_sources(sources))
-    return suite if max_examples is None else suite.limited(max_examples)
-
-
 def evaluate(suite: Suite, settings: Settings, command: str = "") -> EvaluationReport:
     """Score a model on every split of a suite.
 
@@ -110,6 +87,7 @@ def evaluate(suite: Suite, settings: Settings, command: str = "") -> EvaluationR
         model=settings.model,
         suite=suite.name,
         splits=[scored(one, settings.seed) for one in measured],
+        tasks={split.name: split.task for split in suite.splits},
         gaps=differences,
         means=means_over_severities(measured, settings.seed),
         base=settings.base,

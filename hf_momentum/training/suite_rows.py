@@ -16,15 +16,40 @@ from hf_momentum.errors import InputError
 from hf_momentum.evaluation.corruptions import corrupt
 from hf_momentum.evaluation.metrics import token_statistics
 from hf_momentum.evaluation.scores import classification_rows, generation_rows
-from hf_momentum.evaluation.suite import CLASSIFIERS, SuiteSplit
+from hf_momentum.evaluation.suite import CLASSIFIERS, Suite, SuiteSplit, overridden_sources, read_suite
 from hf_momentum.training.evaluated import Evaluated
+from hf_momentum.training.recipe import find_shipped
 from hf_momentum.training.sources import Source
 
 IGNORED = -100  # what torch calls a target that is not predicted
 _GENERIC = re.compile(r"(LABEL_)?\d+", re.IGNORECASE)
 
 
-# ---- the rows of the data --------------------------------------------------------------------------------------------
+# ---- the suite, and the rows of its data ----------------------------------------------------------------------------
+
+
+def load_suite(name: str, sources: Sequence[str] = (), max_examples: int | None = None) -> Suite:
+    """A suite from a YAML file, or one that is shipped.
+
+    Args:
+        name: a path, or a name such as "stdlib".
+        sources: entries NAME=SOURCE@SPLIT that replace the source of a split.
+        max_examples: of every split at most.
+
+    Raises:
+        InputError: there is no such suite, or it cannot be used.
+
+    Example:
+        >>> [split.name for split in load_suite("reviews").splits]
+        ['movies', 'products', 'news', 'typos_1', 'typos_3', 'typos_5']
+    """
+    path = find_shipped(name, "suites", "suite")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not a text file in UTF-8, so it is no suite") from error
+    suite = read_suite(text, path.stem, overridden_sources(sources))
+    return suite if max_examples is None else suite.limited(max_examples)
 
 
 def load_rows(split: SuiteSplit) -> datasets.Dataset:
