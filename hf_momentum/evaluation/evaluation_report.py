@@ -92,7 +92,7 @@ class EvaluationReport:
 
         Example:
             >>> report = EvaluationReport("m", "s", [SplitScores("a", "in distribution", None, "x", 9, {})])
-            >>> EvaluationReport.from_json(report.to_json()) == report
+            >>> EvaluationReport.from_json(report.to_json()).to_json() == report.to_json()
             True
         """
         try:
@@ -200,7 +200,7 @@ class EvaluationReport:
         blocks: list[Block] = [Verdict(literal(self.verdict()))]
         if self._sentences():
             blocks.append(Bullets(self._sentences()))
-        blocks += [Heading("Every split"), self._table(), Text(INTERVALS), self._bars()]
+        blocks += [Heading("Every split"), self._table(), Text(INTERVALS), self._bars(), self._all_metrics()]
         blocks += [*self._shift(), *self._groups(), *self._corruptions(), *self._calibration(), *self._forgetting()]
         blocks += [
             Heading("What ran"),
@@ -235,21 +235,30 @@ class EvaluationReport:
         return list(dict.fromkeys(metric for split in self.splits for metric in split.scores))
 
     def _table(self) -> Table:
-        header = ["split", "what it is", "examples", *(f"{_words(metric)}" for metric in self._metrics)]
-        header += ["gap"] if self.gaps else []
+        """The main metric of each split with its gap, both with intervals, and the other metrics without."""
         by_split = {gap.split: gap for gap in self.gaps}
+        main = _main(self.splits[0])
+        others = [metric for metric in self._metrics if metric != main]
         rows = []
         for split in self.splits:
-            row = [literal(split.name), _what(split), f"{split.examples:,}"]
-            row += [str(split.scores[metric]) if metric in split.scores else "" for metric in self._metrics]
+            row = [literal(split.name), _what(split), f"{split.examples:,}", _figure(split, main)]
             if self.gaps:
                 gap = by_split.get(split.name)
-                row.append(_signed(next(iter(gap.scores.values()))) if gap else "")
-            rows.append(row)
-        caption = (
-            f"`gap`: {_words(next(iter(self.gaps[0].scores)))} less that of {self._others()}." if self.gaps else ""
-        )
-        return Table(header, rows, left=2, caption=caption)
+                row.append(_signed(gap.scores[main]) if gap and main in gap.scores else "")
+            rows.append(row + [f"{split.scores[name].value:.3f}" if name in split.scores else "" for name in others])
+        header = [
+            "split",
+            "what it is",
+            "examples",
+            _words(main),
+            *(["gap"] if self.gaps else []),
+            *map(_words, others),
+        ]
+        return Table(header, rows, left=2, caption=f"`gap`: less that of {self._others()}." if self.gaps else "")
+
+    def _all_metrics(self) -> Details:
+        rows = [[literal(split.name), *(_figure(split, metric) for metric in self._metrics)] for split in self.splits]
+        return Details("Every metric with its interval", [Table(["split", *map(_words, self._metrics)], rows)])
 
     def _others(self) -> str:
         return _listed(list(dict.fromkeys(literal(gap.other) for gap in self.gaps)))
@@ -262,7 +271,7 @@ class EvaluationReport:
             name = f"**{literal(mean.corruption)}** of {literal(mean.of)}, mean over severities {_steps(mean)}"
             said.append(_difference_sentence(name, *next(iter(mean.changes.items()))))
         roles = {split.name: split.role for split in self.splits}
-        said += [_change_sentence(one, roles[one.split]) for one in self.changes]
+        said += [_change_sentence(one, roles[one.split]) for one in self.changes if one.split not in within]
         for one in self.robustness:
             if one.effective is not None:
                 said.append(
@@ -373,8 +382,8 @@ class EvaluationReport:
             Heading("Corruptions"),
             Picture(
                 "severities",
-                f"{_words(metric).capitalize()} by severity, with 95 % intervals over examples. Severities are ours, not "
-                "those of a benchmark.",
+                f"{_words(metric).capitalize()} by severity, with 95 % intervals over examples. Severities are ours, "
+                "not those of a benchmark.",
                 f"Curves of {_words(metric)} over severities for {_listed(list(curves))}",
                 pictures.severities(curves, _words(metric)),
             ),
@@ -429,6 +438,10 @@ def _main(split: SplitScores) -> str:
 
 def _words(metric: str) -> str:
     return metric.replace("_", " ")
+
+
+def _figure(split: SplitScores, metric: str) -> str:
+    return str(split.scores[metric]) if metric in split.scores else ""
 
 
 def _what(split: SplitScores) -> str:

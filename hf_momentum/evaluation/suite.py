@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from hf_momentum.errors import InputError, nearest
-from hf_momentum.evaluation.corruptions import check_corruption
+from hf_momentum.evaluation.corruptions import corruption_of
 from hf_momentum.evaluation.results import ROLES, SHIFTS, Role, Shift
 from hf_momentum.evaluation.scores import scorer
 
@@ -31,7 +31,7 @@ class SuiteSplit:
         of: the split whose rows are corrupted; source, task, columns and limits are then that one's.
         corruption, severity: what is done to them, and how strongly, 1 to 5. `severities` makes a split for each.
         corruption_seed: written `seed` on such a split.
-        lm_eval: a task of lm-evaluation-harness in place of a source.
+        lm_eval: a task of lm-evaluation-harness in place of a source; of its documents the first `max_examples`.
         task: "causal_lm", "sequence_classification", "image_classification" or "generation".
         metrics: the first is the main one; empty for all of the task.
         text_column, label_column, image_column: where text, class and picture stand.
@@ -328,10 +328,7 @@ def _corrupted(where: str, name: str, entry: Mapping[str, Any], before: Mapping[
         raise InputError(f"{where}: severities must be a list of different numbers from 1 to 5, got {severities}")
     made = []
     for severity in severities:
-        try:
-            check_corruption(entry["corruption"], severity, images=clean.task == "image_classification")
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
+        _check_corruption(where, entry["corruption"], severity, clean)
         made.append(
             replace(
                 clean,
@@ -347,6 +344,16 @@ def _corrupted(where: str, name: str, entry: Mapping[str, Any], before: Mapping[
         )
         _check_metrics(where, made[-1])
     return made
+
+
+def _check_corruption(where: str, name: str, severity: Any, clean: SuiteSplit) -> None:
+    try:
+        kind = corruption_of(name, severity).kind
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    rows = "image" if clean.task == "image_classification" else "text"
+    if kind != rows:
+        raise InputError(f"{where}: corruption {name} is for {kind}s, and the rows of {clean.name!r} are {rows}s")
 
 
 def _check_types(where: str, entry: Mapping[str, Any], types: Mapping[str, type], known: Iterable[str]) -> None:

@@ -22,12 +22,12 @@ from hf_momentum.evaluation.measured import (
     scored,
     scorer_of,
 )
-from hf_momentum.evaluation.suite import Suite, SuiteSplit
+from hf_momentum.evaluation.suite import CLASSIFIERS, Suite, SuiteSplit
 from hf_momentum.training import corpus
 from hf_momentum.training.evaluated import Evaluated, load_evaluated
 from hf_momentum.training.harness import harness, measure_task
 from hf_momentum.training.job import peak_memory
-from hf_momentum.training.suite_rows import ROWS, load_rows, load_suite
+from hf_momentum.training.suite_rows import ROWS, load_rows, load_suite, outputs_of, taken_by_number
 
 __all__ = ["Settings", "command_of", "evaluate", "load_suite", "measure"]
 
@@ -78,7 +78,7 @@ def evaluate(suite: Suite, settings: Settings, command: str = "") -> EvaluationR
         harness()
     rows = {split.name: load_rows(split) for split in suite.splits if split.lm_eval is None}
     started = time.perf_counter()
-    measured, models = measure(suite, rows, settings.model, settings)
+    measured, models, notes = measure(suite, rows, settings.model, settings)
     seconds = time.perf_counter() - started
     before = [] if settings.base is None else measure(suite, rows, settings.base, settings)[0]
 
@@ -93,6 +93,7 @@ def evaluate(suite: Suite, settings: Settings, command: str = "") -> EvaluationR
         base=settings.base,
         changes=changes_from(before, measured, str(settings.base), settings.seed) if before else [],
         robustness=robustness_of(measured, differences, baselines, settings.model, settings.seed) if baselines else [],
+        notes=notes,
         facts=_facts(suite, models, seconds, sum(len(one.rows) for one in measured)),
         suite_yaml=suite.to_yaml(),
         command=command,
@@ -101,18 +102,29 @@ def evaluate(suite: Suite, settings: Settings, command: str = "") -> EvaluationR
 
 def measure(
     suite: Suite, rows: Mapping[str, datasets.Dataset], place: str, settings: Settings
-) -> tuple[list[Measured], list[str]]:
-    """One model on all splits, and one line on each form in which it was loaded."""
+) -> tuple[list[Measured], list[str], list[str]]:
+    """One model on all splits, one line on each form in which it was loaded, and notes for the report's reader."""
     kinds = dict.fromkeys(_MODEL_OF.get(split.task, split.task) for split in suite.splits)
     found: dict[str, Measured] = {}
-    models = []
+    models, notes = [], []
     for kind in kinds:
         evaluated = load_evaluated(place, kind, settings.device, settings.dtype, settings.revision)
         models.append(_described(evaluated))
         for split in suite.splits:
             if _MODEL_OF.get(split.task, split.task) == kind:
                 found[split.name] = _measure_split(evaluated, split, rows.get(split.name), settings.batch_size)
-    return [found[split.name] for split in suite.splits], models
+                notes += _notes(evaluated, split, rows)
+    return [found[split.name] for split in suite.splits], models, notes
+
+
+def _notes(evaluated: Evaluated, split: SuiteSplit, rows: Mapping[str, datasets.Dataset]) -> list[str]:
+    if split.task not in CLASSIFIERS or split.name not in rows:
+        return []
+    outputs = list(split.classes) or outputs_of(evaluated.model)
+    if not taken_by_number(rows[split.name], split, outputs):
+        return []
+    taken = ", ".join(f"{number} for {name}" for number, name in enumerate(outputs[:10]))
+    return [f"Split {split.name}: its classes are numbers that the model has no names for; taken were {taken}."]
 
 
 def _measure_split(evaluated: Evaluated, split: SuiteSplit, rows: datasets.Dataset | None, batch_size: int) -> Measured:

@@ -50,14 +50,9 @@ def measure_task(evaluated: Evaluated, split: SuiteSplit, batch_size: int) -> Me
     """
     lm_eval = harness()
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):
-        manager = TaskManager(include_path=split.lm_eval_folder)
-    if split.lm_eval not in manager.all_tasks:
-        hint = nearest(str(split.lm_eval), manager.all_tasks)
-        raise InputError(f"split {split.name!r}: lm_eval knows no task {split.lm_eval!r}{hint}")
+    manager = _manager_of(split)
     limit = {} if split.block_size is None else {"max_length": split.block_size}
     model = HFLM(pretrained=evaluated.model, tokenizer=evaluated.processor, batch_size=batch_size, **limit)
     found = lm_eval.simple_evaluate(
@@ -73,6 +68,22 @@ def measure_task(evaluated: Evaluated, split: SuiteSplit, batch_size: int) -> Me
         raise InputError(f"split {split.name!r}: {split.lm_eval} is a group of tasks; name one of {', '.join(samples)}")
     (task,) = samples
     return measured(split, samples[task], found["results"][task])
+
+
+def _manager_of(split: SuiteSplit) -> Any:
+    """The harness's table of tasks, looking into the suite's own folder first: reading all of its own takes long."""
+    from lm_eval.tasks import TaskManager
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        if split.lm_eval_folder is not None:
+            own = TaskManager(include_path=split.lm_eval_folder, include_defaults=False)
+            if split.lm_eval in own.all_tasks:
+                return own
+        manager = TaskManager(include_path=split.lm_eval_folder)
+    if split.lm_eval not in manager.all_tasks:
+        hint = nearest(str(split.lm_eval), manager.all_tasks)
+        raise InputError(f"split {split.name!r}: lm_eval knows no task {split.lm_eval!r}{hint}")
+    return manager
 
 
 def measured(split: SuiteSplit, samples: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> Measured:

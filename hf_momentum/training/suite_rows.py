@@ -132,27 +132,46 @@ def class_numbers(rows: datasets.Dataset, split: SuiteSplit, outputs: Sequence[s
             f"split {split.name!r} names {len(split.classes)} classes and the model has {len(outputs)} outputs"
         )
     outputs = split.classes or outputs
-    feature = rows.features[split.label_column]
-    values = [_whole(value) for value in rows[split.label_column]]
-    named = isinstance(feature, ClassLabel)
-    words = {value: feature.names[value] if named else str(value) for value in dict.fromkeys(values)}
+    values, words = _classes(rows, split)
     places = {name.casefold(): number for number, name in enumerate(outputs)}
     lacking = [word for word in words.values() if word.casefold() not in places]
     if not lacking:
         return [places[words[value].casefold()] for value in values]
-    generic = all(_GENERIC.fullmatch(name) for name in outputs)
-    numbers = all(isinstance(value, int) for value in values)
-    # Names that only one side has are no reason to guess; numbers are, as long as none of them is a name.
-    if numbers and (generic or not named) and len(lacking) == len(words):
-        beyond = [value for value in words if not 0 <= value < len(outputs)]
-        if not beyond:
+    if taken_by_number(rows, split, outputs):
+        lacking = [str(value) for value in words if not 0 <= value < len(outputs)]
+        if not lacking:
             return values
-        lacking = [str(value) for value in beyond]
     raise InputError(
         f"split {split.name!r} has class {lacking[0]!r}, which the model lacks: its outputs are "
         f"{', '.join(outputs[:20])}. If they are called otherwise in the data, name them in the suite, in the model's "
         f"order: classes: [{', '.join(words.values())}]"
     )
+
+
+def taken_by_number(rows: datasets.Dataset, split: SuiteSplit, outputs: Sequence[str]) -> bool:
+    """Whether classes are numbers that no output is called after, so that 0 stands for the first one, and so on.
+
+    Names that only one side has are no reason to guess: such classes are found by name or not at all.
+
+    Example:
+        >>> rows = datasets.Dataset.from_dict({"label": [1, 0]})
+        >>> taken_by_number(rows, SuiteSplit("a", "in distribution"), ["NEGATIVE", "POSITIVE"])
+        True
+    """
+    outputs = split.classes or outputs
+    values, words = _classes(rows, split)
+    named = isinstance(rows.features[split.label_column], ClassLabel)
+    generic = all(_GENERIC.fullmatch(name) for name in outputs)
+    unknown = not {word.casefold() for word in words.values()} & {name.casefold() for name in outputs}
+    return unknown and all(isinstance(value, int) for value in values) and (generic or not named)
+
+
+def _classes(rows: datasets.Dataset, split: SuiteSplit) -> tuple[list[Any], dict[Any, str]]:
+    """The class of every example, and what each class is called."""
+    feature = rows.features[split.label_column]
+    values = [_whole(value) for value in rows[split.label_column]]
+    named = isinstance(feature, ClassLabel)
+    return values, {value: feature.names[value] if named else str(value) for value in dict.fromkeys(values)}
 
 
 def _whole(value: Any) -> Any:

@@ -59,7 +59,7 @@ def suite_metrics(
     """`compute_metrics` and `preprocess_logits_for_metrics` of a Trainer for the splits of `suite_datasets`.
 
     The metrics are those of the suite's reference split. Its `loss` is called `nll`: a Trainer has a `loss` of its own,
-    the mean over batches, in which short texts count for more. Bits per byte are left out: a Trainer does not see bytes.
+    the mean over batches, in which short texts count for more. Bits per byte are left out: a Trainer sees no bytes.
 
     Example:
         >>> from hf_momentum.training.suite_rows import load_suite
