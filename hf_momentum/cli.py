@@ -36,6 +36,33 @@ Besides, every seed is trained once on the main data alone, and the base model i
 OUT/runs.jsonl: the same command, given again, runs only what is missing. Any field of a recipe but surgery, lam and
 data_seed can be given as --field value. Exit status 1: a run failed."""
 
+COMPARE_HELP = """\
+Say, with intervals over seeds, whether one optimizer beats another on a recipe: in distribution, under shift, in
+forgetting, in time and in memory. Each is tuned with the same number of runs on validation data, by a grid of learning
+rates that is widened until its best point is interior; then each runs at its best one with new seeds.
+
+examples:
+  hf-momentum compare --config sentiment_minilm --optim adamw_torch,tam,adatamw,vradam --trials 6 --seeds 5 \
+    --controls frozen_gate,matched_lr --output_dir outputs/comparison
+  hf-momentum compare --config quickstart --optim adamw_torch,tam --dry-run --output_dir outputs/comparison \
+    --validation_dataset stdlib:code@validation
+
+The first optimizer is the baseline. Runs are kept in OUT/runs.db, or in any database: --storage
+postgresql+psycopg://user@host/db lets many machines work through one comparison (give each the same command). A killed
+command, given again, repeats only what was not finished. Any field of a recipe but the optimizer's own can be given as
+--field value. Exit status 1: a run failed."""
+
+STREAM_HELP = """\
+Fine-tune one model through a sequence of domains, measure it on all of them before and after each, and draw the
+forgetting matrix: what the model could do on every domain after every stage.
+
+example:
+  hf-momentum stream --config sentiment_minilm --seeds 3 --output_dir outputs/stream \\
+    --domains films=films.jsonl@train books=books.jsonl@train --eval films=films_test.jsonl@test books=b_test.jsonl@test
+
+Optimizer and learning-rate schedule begin anew in each stage. Each finished stage is kept: the same command, given
+again, runs only what is missing. Any field of a recipe but its data can be given as --field value."""
+
 EVALUATE_HELP = """\
 Score a model on every split of a suite: in distribution, under shift, on corrupted rows, on what it must not forget.
 
@@ -102,6 +129,8 @@ def _dispatch(words: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="run a recipe and write its report", add_help=False)
     commands.add_parser("pareto", help="compare gradient surgeries by their fronts", add_help=False)
+    commands.add_parser("compare", help="compare tuned optimizers over seeds", add_help=False)
+    commands.add_parser("stream", help="fine-tune through domains and see what is forgotten", add_help=False)
     commands.add_parser("evaluate", help="score a model on a suite of splits", add_help=False)
     commands.add_parser("run", help="run any script with our --optim names", add_help=False)
     commands.add_parser("export", help="write a checkpoint as a plain folder", add_help=False)
@@ -112,6 +141,10 @@ def _dispatch(words: list[str]) -> int:
         return _train(rest)
     if command == "pareto":
         return _pareto(rest)
+    if command == "compare":
+        return _compare(rest)
+    if command == "stream":
+        return _stream(rest)
     if command == "evaluate":
         return _evaluate(rest)
     if command == "run":
@@ -205,6 +238,115 @@ def _pareto(words: list[str]) -> int:
     path = report.write(Path(known.output_dir))
     print("\n" + "\n".join([*report.troubles, report.verdict(), f"Report: {path} (and report.json, fronts.png)"]))
     return 1 if any(record.status == "failed" for record in records.values()) else 0
+
+
+def _compare(words: list[str]) -> int:
+    parser = _OneLineParser(
+        prog="hf-momentum compare",
+        description=COMPARE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="RECIPE", required=True, help="a YAML file, or a shipped recipe's name")
+    parser.add_argument("--optim", metavar="NAMES", required=True, help="optimizers with commas, the baseline first")
+    parser.add_argument("--trials", metavar="N", type=int, default=6, help="learning rates of each grid (%(default)s)")
+    parser.add_argument("--seeds", metavar="N", type=int, default=5, help="test runs of each optimizer (%(default)s)")
+    parser.add_argument("--controls", metavar="NAMES", default="", help="frozen_gate,matched_lr: runs without the idea")
+    parser.add_argument("--lr", metavar="NAME=VALUE", action="append", default=[], help="middle of an optimizer's grid")
+    parser.add_argument(
+        "--with", metavar="NAME:ARGS", action="append", default=[], help="its --optim_args", dest="args"
+    )
+    parser.add_argument("--ratio", metavar="R", type=float, default=10**0.5, help="between neighbours (sqrt 10)")
+    parser.add_argument("--most_trials", metavar="N", type=int, help="a grid is widened no further (3 x trials)")
+    parser.add_argument("--metric", metavar="NAME", help="what is compared; the task's main metric unless given")
+    parser.add_argument(
+        "--select", metavar="NAME", help="what chooses learning rates; the compared metric unless given"
+    )
+    parser.add_argument(
+        "--tune_each_seed", action="store_true", help="tune every test seed by itself; N times the runs"
+    )
+    parser.add_argument("--storage", metavar="URL", help="of an Optuna storage; OUT/runs.db unless given")
+    parser.add_argument("--jobs", metavar="N", type=int, default=1, help="runs side by side (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="say how many runs and how long; compare nothing")
+    parser.add_argument("--output_dir", metavar="OUT", required=True, help="for runs.db, logs and the report")
+    known, overrides = parser.parse_known_args(words)
+    from hf_momentum.evaluation.scores import LOWER_IS_BETTER
+    from hf_momentum.training import compare, compare_report, compare_runs
+    from hf_momentum.training.ledger import Ledger
+
+    made = compare.plan(
+        known.config,
+        overrides,
+        methods=compare.listed(known.optim),
+        trials=known.trials,
+        seeds=known.seeds,
+        folder=known.output_dir,
+        storage=known.storage,
+        asked=compare.listed(known.controls),
+        ratio=known.ratio,
+        most=known.most_trials,
+        starts=compare.rates(known.lr),
+        arguments=compare.pairs("with", ":", known.args),
+        metric=known.metric,
+        selection=known.select,
+        each_seed=known.tune_each_seed,
+    )
+    Path(known.output_dir).mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(made.storage, made.study, made.selection in LOWER_IS_BETTER)
+    if known.dry_run:
+        print(compare_report.outlook(made, ledger, known.jobs), flush=True)
+        return 0
+    records = compare_runs.work(made, ledger, known.jobs)
+    report = compare_report.report(made, records)
+    path = report.write(Path(known.output_dir))
+    print(
+        "\n"
+        + "\n".join(
+            [
+                *report.troubles,
+                *report.verdict(),
+                report.headline(),
+                f"Report: {path} (and report.md, report.json, plots/)",
+            ]
+        )
+    )
+    return 1 if any(run.status == "failed" for run in report.runs) else 0
+
+
+def _stream(words: list[str]) -> int:
+    parser = _OneLineParser(
+        prog="hf-momentum stream",
+        description=STREAM_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    entry = "NAME=SOURCE@SPLIT"
+    parser.add_argument("--config", metavar="RECIPE", required=True, help="a YAML file, or a shipped recipe's name")
+    parser.add_argument(
+        "--domains", metavar=entry, nargs="*", default=[], help="training data of each domain, in this order"
+    )
+    parser.add_argument(
+        "--eval", metavar=entry, nargs="*", default=[], help="evaluation data of each domain, by the same names"
+    )
+    parser.add_argument("--seeds", metavar="N", type=int, default=1, help="from the recipe's seed on (%(default)s)")
+    parser.add_argument("--metric", metavar="NAME", help="of the matrix; the task's main one unless given")
+    parser.add_argument("--output_dir", metavar="OUT", required=True, help="for the stages and the report")
+    known, overrides = parser.parse_known_args(words)
+    from hf_momentum.training import stream
+
+    made = stream.plan(
+        known.config,
+        overrides,
+        domains=known.domains,
+        evaluation=known.eval,
+        seeds=known.seeds,
+        metric=known.metric,
+        folder=known.output_dir,
+    )
+    report = stream.report(made, stream.run_streams(made))
+    path = report.write(Path(known.output_dir))
+    print(f"\n{report.verdict()}\nReport: {path} (and report.md, stream.json, plots/)", flush=True)
+    return 0
 
 
 def _evaluate(words: list[str]) -> int:

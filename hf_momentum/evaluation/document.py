@@ -257,8 +257,15 @@ class Document:
             "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">\n"
             f'<link rel="icon" href="data:,">\n<title>{html.escape(_plain(self.title))}</title>\n'
             f"<style>\n{_STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<main>\n<h1>{_inline_html(self.title)}</h1>\n"
-            f"{_contents(headings, anchors)}{_html(self.blocks, iter(anchors))}</main>\n</body>\n</html>\n"
+            f"{self._body(headings, anchors)}</main>\n</body>\n</html>\n"
         )
+
+    def _body(self, headings: Sequence[Heading], anchors: Sequence[str]) -> str:
+        """The list of contents stands before the first heading, below the verdict."""
+        first = next((place for place, block in enumerate(self.blocks) if isinstance(block, Heading)), 0)
+        left = iter(anchors)
+        before, after = _html(self.blocks[:first], left), _html(self.blocks[first:], left)
+        return before + _contents(headings, anchors) + after
 
     def write(self, folder: Path, stem: str = "report") -> Path:
         """Write `plots/*.png`, `STEM.md` and `STEM.html`; each file appears whole or not at all.
@@ -374,12 +381,13 @@ def _html_table(table: Table) -> str:
             f"<{tag}{scope}{kind}>{_inline_html(cell)}</{tag}>" for cell, kind in zip(row, kinds, strict=True)
         )
 
-    caption = f"<caption>{_inline_html(table.caption)}</caption>\n" if table.caption else ""
+    caption = f'<p class="caption">{_inline_html(table.caption)}</p>\n' if table.caption else ""
+    named = f' role="region" aria-label="{html.escape(_plain(table.caption))}"' if table.caption else ""
     head = cells(table.header, "th", ' scope="col"')
     body = "".join(f"<tr>{cells(row, 'td')}</tr>\n" for row in table.rows)
     # A table wider than the window scrolls in itself; `tabindex` lets the keyboard do it too.
     return (
-        f'<div class="wide" tabindex="0">\n<table>\n{caption}<thead>\n<tr>{head}</tr>\n</thead>\n'
+        f'{caption}<div class="wide" tabindex="0"{named}>\n<table>\n<thead>\n<tr>{head}</tr>\n</thead>\n'
         f"<tbody>\n{body}</tbody>\n</table>\n</div>"
     )
 
@@ -394,6 +402,7 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
     """The figure for the inside of a page: no header, no metadata, and ids that no other figure has."""
     import matplotlib
 
+    _settle(figure)
     buffer = io.StringIO()
     with matplotlib.rc_context({**_SVG, "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -413,6 +422,13 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
     )
 
 
+def _settle(figure: Figure) -> None:
+    """Lay the figure out once: a constrained layout moves a little with each drawing, and both files must be equal."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()  # type: ignore[no-untyped-call]
+        figure.set_layout_engine("none")
+
+
 def _own(found: re.Match[str], name: str) -> str:
     prefix = f"plot-{name}--"
     if found[1]:
@@ -421,6 +437,7 @@ def _own(found: re.Match[str], name: str) -> str:
 
 
 def _png(figure: Figure) -> bytes:
+    _settle(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     return buffer.getvalue()

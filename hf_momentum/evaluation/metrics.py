@@ -116,9 +116,9 @@ def estimates(
         >>> estimates(statistics, metrics_of("sequence_classification", 1.0))["loss"].value
         2.0
     """
-    resampled = _resampled_sums(statistics, seed)
+    resampled = resampled_sums(statistics, seed)
     total = statistics.sum(0)
-    return {name: _estimate(metric(total), metric(resampled)) for name, metric in metrics.items()}
+    return {name: estimate_of(metric(total), metric(resampled)) for name, metric in metrics.items()}
 
 
 def changes(
@@ -136,32 +136,14 @@ def changes(
     """
     if before.shape != after.shape:
         raise ValueError(f"statistics of {before.shape} and {after.shape} are not of the same examples")
-    first, second = _resampled_sums(before, seed), _resampled_sums(after, seed)
+    first, second = resampled_sums(before, seed), resampled_sums(after, seed)
     return {
-        name: _estimate(metric(after.sum(0)) - metric(before.sum(0)), metric(second) - metric(first))
+        name: estimate_of(metric(after.sum(0)) - metric(before.sum(0)), metric(second) - metric(first))
         for name, metric in metrics.items()
     }
 
 
-def independent_changes(
-    before: Statistics, after: Statistics, metrics: Mapping[str, Callable[[np.ndarray], np.ndarray]], seed: int = 0
-) -> dict[str, Estimate]:
-    """After minus before for each metric, of two samples that share no example: each is resampled on its own.
-
-    Example:
-        >>> statistics = np.array([[1.0, 1.0, 1.0], [3.0, 1.0, 0.0]] * 50)
-        >>> loss = {"loss": metrics_of("sequence_classification", 1.0)["loss"]}
-        >>> str(independent_changes(statistics, statistics[:60], loss)["loss"])
-        '0.000 [-0.307, 0.313]'
-    """
-    first, second = _resampled_sums(before, seed), _resampled_sums(after, seed + 1)
-    return {
-        name: _estimate(metric(after.sum(0)) - metric(before.sum(0)), metric(second) - metric(first))
-        for name, metric in metrics.items()
-    }
-
-
-def _resampled_sums(statistics: Statistics, seed: int) -> np.ndarray:
+def resampled_sums(statistics: Statistics, seed: int) -> np.ndarray:
     """[resamples, columns]: sums over examples drawn with replacement, as counts of how often each was drawn."""
     count = len(statistics)
     generator, equal = np.random.default_rng(seed), np.full(count, 1 / count)
@@ -169,6 +151,7 @@ def _resampled_sums(statistics: Statistics, seed: int) -> np.ndarray:
     return np.stack([generator.multinomial(count, equal) @ statistics for _ in range(_RESAMPLES)])
 
 
-def _estimate(value: np.ndarray, resampled: np.ndarray) -> Estimate:
+def estimate_of(value: np.ndarray, resampled: np.ndarray) -> Estimate:
+    """A value with the middle 95 % of its resampled values."""
     low, high = np.quantile(resampled, [0.025, 0.975])
     return Estimate(float(value), float(low), float(high))

@@ -265,7 +265,7 @@ def tuned(
         axes.plot(diverged, [border] * len(diverged), "x", ms=6, **edge)
         taken = [score for rate, score in inside if rate == chosen.get(name)]
         axes.plot([chosen[name]] * len(taken) if taken else [], taken, "o", ms=8, color=style.colour, zorder=3)
-        told = f"chosen: {chosen[name]:.3g}" if name in chosen else "none chosen"
+        told = f"chosen: {_rate(chosen[name])}" if name in chosen else "none chosen"
         _head(axes, name, told, panels)
         _rates(axes, [rate for rate, _ in curve])
         seen |= {"tried": _mark("o", "white", _SOFT)} | ({"chosen": _mark("o", _SOFT, _SOFT)} if taken else {})
@@ -307,8 +307,18 @@ def _rates(axes: Axes, rates: Sequence[float]) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([f"{tick:.2g}" for tick in ticks])
+    axes.set_xticklabels([_rate(tick) for tick in ticks])
     axes.set_xlim(low / 1.5, high * 1.5)
+
+
+def _rate(rate: float) -> str:
+    """Three digits, and no zeros that say nothing.
+
+    Example:
+        >>> _rate(0.003), _rate(1e-5)
+        ('0.003', '1e-5')
+    """
+    return f"{rate:.3g}".replace("e-0", "e-")
 
 
 # ---- forgetting ------------------------------------------------------------------------------------------------------
@@ -360,15 +370,16 @@ def forgetting_matrix(
     figure = _figure((top + tall * len(rows)) / _INCH, width=(left + cell * len(columns) + 16) / _INCH)
     axes = figure.subplots()
     for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            known = value is not None and math.isfinite(value)
+        for j, measured in enumerate(row):
+            value = math.nan if measured is None else measured
+            known = math.isfinite(value)
             shade = to_hex(shades((value - low) / (high - low) if high > low else 0.5)) if known else "#ffffff"
             axes.add_patch(Rectangle((j, i), 1, 1, facecolor=shade, edgecolor="white", lw=1.5))
             text = f"{value:.{digits}f}".replace("-", _MINUS) if known else _DASH
-            colour = _INK if lightness(shade) > 55 else "white"
+            colour = "#000000" if lightness(shade) > 49.5 else "#ffffff"  # either way a contrast of 4.5
             axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=_SMALL, color=colour)
     for i, j in outlined:
-        axes.add_patch(Rectangle((j + 0.04, i + 0.05), 0.92, 0.9, fill=False, edgecolor="#E69F00", lw=2.2))
+        axes.add_patch(Rectangle((j, i), 1, 1, fill=False, edgecolor="#E69F00", lw=2.5))
     axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
     axes.set_yticks([i + 0.5 for i in range(len(rows))], [_literal(name) for name in beside])
     axes.set_xticks([j + 0.5 for j in range(len(columns))], [_literal(name) for name in above])
@@ -410,7 +421,9 @@ def reliability(bins_by_split: Mapping[str, Sequence[ReliabilityBin]]) -> Figure
         axes.scatter(xs, ys, s=areas, color=STYLES[0].colour, edgecolor="white", linewidth=0.6, zorder=3, clip_on=False)
         error = sum(one.count * abs(one.accuracy - one.confidence) for one in used) / total if total else math.nan
         _head(axes, name, f"calibration error {error:.3f}" if total else "no example", panels)
-        axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+        axes.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
     figure.supxlabel("confidence (larger dots: more examples)", fontsize=_NORMAL, color=_INK)
     figure.supylabel("share that is right", fontsize=_NORMAL, color=_INK)
     return figure
@@ -479,7 +492,10 @@ def severities(curves: Mapping[str, Mapping[int, Interval | Estimate]], axis: st
 
 
 def split_bars(scores: Mapping[str, Mapping[str, Interval | Estimate]], axis: str = "accuracy") -> Figure:
-    """Each split's score with its interval, as bars from 0, grouped by split.
+    """Each split's score with its interval, grouped by split.
+
+    Up to four series are bars from 0 with their figures. More would be as thin as lines: they are dots, on an axis that
+    need not begin at 0.
 
     Args:
         scores: by series (a method, or "before" and "after"): figure by split. A series may lack a split.
@@ -496,41 +512,50 @@ def split_bars(scores: Mapping[str, Mapping[str, Interval | Estimate]], axis: st
     names = list(dict.fromkeys(chain(*scores.values())))
     if not names:
         raise ValueError("a picture of splits needs at least one figure")
-    few = len(scores) <= 4
+    bars = len(scores) <= 4
     labels = [wrapped(name, 170, _SMALL) for name in names]
-    bar = 15.0 if few else 8.0
-    group = max(bar * len(scores), _LINE * max(map(_lines, labels))) + 10
+    step = 15.0 if bars else 9.0
+    group = max(step * len(scores), _LINE * max(map(_lines, labels))) + 10
     figure = _figure((group * len(names) + 50) / _INCH, legend=list(scores))
     axes = _bare(figure.subplots(), grid="x")
-    reach = max(_bounds(one)[2] or _bounds(one)[0] for series in scores.values() for one in series.values())
     for place, (name, style) in enumerate(styles(list(scores)).items()):
         found = [(row, scores[name][split]) for row, split in enumerate(names) if split in scores[name]]
-        heights = [row + (place - (len(scores) - 1) / 2) * bar / group for row, _ in found]
-        middles = [_bounds(one)[0] for _, one in found]
-        axes.barh(
-            heights,
-            middles,
-            height=0.86 * bar / group,
-            xerr=_arms([one for _, one in found]),
-            error_kw={"ecolor": _INK, "elinewidth": 1.1, "capsize": 0 if not few else 2},
-            color=style.colour,
-            hatch=style.hatch,
-            edgecolor="white",
-            linewidth=0.4,
-            label=name,
-        )
-        for height, (_, one) in zip(heights, found, strict=True) if few else ():
-            end = max(_bounds(one)[2] or _bounds(one)[0], 0.0)
-            text = f"{_bounds(one)[0]:.3f}".replace("-", _MINUS)
-            axes.text(end + 0.012 * reach, height, text, va="center", fontsize=_SMALL, color=_INK)
+        heights = [row + (place - (len(scores) - 1) / 2) * step / group for row, _ in found]
+        draw = _draw_bars if bars else _draw_dots
+        draw(axes, heights, [one for _, one in found], name, style, step / group)
+    for row in range(1, len(names)):
+        axes.axhline(row - 0.5, color=_FAINT, lw=0.7)
     axes.set_yticks(range(len(names)), [_literal(label) for label in labels])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    lowest = min(_bounds(one)[1] or _bounds(one)[0] for series in scores.values() for one in series.values())
-    axes.set_xlim(min(0.0, 1.1 * lowest), (1.12 if few else 1.03) * max(reach, 0.0) or 1.0)
+    reached = [end for series in scores.values() for one in series.values() for end in _bounds(one) if end is not None]
+    low, high = _limits(reached)
+    room = 0.12 * (max(high, 0.0) - min(low, 0.0))  # for the figures
+    axes.set_xlim((min(low, 0.0), max(high, 0.0) + room) if bars else (low, high))
     _labels(axes, axis, "")
     _legend(figure, *axes.get_legend_handles_labels())
     return figure
+
+
+def _draw_bars(
+    axes: Axes, heights: list[float], figures: list[Interval | Estimate], name: str, style: Style, step: float
+) -> None:
+    look: dict[str, Any] = {"color": style.colour, "hatch": style.hatch, "edgecolor": "white", "linewidth": 0.4}
+    error = {"ecolor": _INK, "elinewidth": 1.1, "capsize": 2}
+    middles = [_bounds(one)[0] for one in figures]
+    axes.barh(heights, middles, height=0.86 * step, xerr=_arms(figures), error_kw=error, label=name, **look)
+    for height, one in zip(heights, figures, strict=True):
+        end = max(0.0, *(end for end in _bounds(one) if end is not None))
+        text = f"{_bounds(one)[0]:.3f}".replace("-", _MINUS)
+        beside: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, 0), "va": "center"}
+        axes.annotate(text, (end, height), fontsize=_SMALL, color=_INK, **beside)
+
+
+def _draw_dots(
+    axes: Axes, heights: list[float], figures: list[Interval | Estimate], name: str, style: Style, step: float
+) -> None:
+    look: dict[str, Any] = {"fmt": style.marker, "color": style.colour, "ms": 5, "elinewidth": 1.3, "label": name}
+    axes.errorbar([_bounds(one)[0] for one in figures], heights, xerr=_arms(figures), **look)
 
 
 # ---- what all of them share ------------------------------------------------------------------------------------------
@@ -684,6 +709,10 @@ def _limits(values: Iterable[float]) -> tuple[float, float]:
 
 
 def _signed(one: Interval | Estimate, digits: int) -> str:
+    def shown(value: float) -> str:
+        return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", _MINUS)  # -0.0 + 0.0 is 0.0
+
     middle, low, high = _bounds(one)
-    around = f"[{low:+.{digits}f}, {high:+.{digits}f}]" if low is not None and high is not None else "[one seed]"
-    return f"{middle:+.{digits}f} {around}".replace("-", _MINUS)
+    return f"{shown(middle)} " + (
+        f"[{shown(low)}, {shown(high)}]" if low is not None and high is not None else "[one seed]"
+    )

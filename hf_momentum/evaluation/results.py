@@ -77,6 +77,7 @@ class RunScores:
         seconds: time of training alone.
         peak_memory: of the process in bytes (of the device where there is one).
         message: why it diverged or failed.
+        gain: effective learning rate over the nominal one, a mean over the steps, where the optimizer knows it.
     """
 
     method: str
@@ -89,6 +90,7 @@ class RunScores:
     seconds: float
     peak_memory: int
     message: str = ""
+    gain: float | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from hf_momentum.errors import InputError, nearest
-from hf_momentum.evaluation.metrics import Estimate, changes, estimates, independent_changes
+from hf_momentum.evaluation.metrics import Estimate, estimate_of, resampled_sums
 from hf_momentum.evaluation.results import ReliabilityBin
 
 TASKS = ("causal_lm", "sequence_classification", "image_classification", "generation")
@@ -25,6 +25,9 @@ Metric = Callable[[np.ndarray], np.ndarray]  # sums [..., columns] -> [...]
 
 # Columns of the rows of a classifier.
 _NLL, _ONE, _RIGHT, _CONFIDENCE, _PREDICTED, _LABEL = range(6)
+
+_CALIBRATION = "calibration_error"
+_BY_BIN = slice(3, 3 + BINS)  # where a classifier's columns hold confidence less right
 
 _ACCEPTED = {
     "causal_lm": ("loss", "perplexity", "token_accuracy", "bits_per_byte"),
@@ -59,6 +62,25 @@ def classification_rows(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     return torch.stack(
         [losses, torch.ones_like(losses), right, largest.exp(), predicted.double(), labels.double()], dim=1
     )
+
+
+def predicted_rows(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Rows of a classifier of which only the predicted classes are known; what needs more than them is NaN.
+
+    Raises:
+        InputError: a class below 0, or not as many predictions as labels.
+
+    Example:
+        >>> predicted_rows(np.array([1, 0]), np.array([1, 1]))
+        array([[nan,  1.,  1., nan,  1.,  1.],
+               [nan,  1.,  0., nan,  0.,  1.]])
+    """
+    if predicted.shape != labels.shape:
+        raise InputError(f"{len(predicted)} predictions for {len(labels)} labels; give one for each")
+    if min(predicted.min(initial=0), labels.min(initial=0)) < 0:
+        raise InputError(f"classes count from 0, got {min(predicted.min(), labels.min())}")
+    one, unknown = np.ones(len(labels)), np.full(len(labels), np.nan)
+    return np.stack([unknown, one, predicted == labels, unknown, predicted, labels], axis=1)
 
 
 def generation_rows(predictions: Sequence[str], references: Sequence[str], normalise: bool = False) -> np.ndarray:
@@ -143,8 +165,8 @@ def scorer(task: str, classes: int = 0, bytes_per_token: float = 1.0, metrics: S
         metrics: names, the main one first; all of the task without, but `f1_binary`.
 
     The metrics: `loss` in nats per token or example, `perplexity` its exponential, `bits_per_byte` the loss in bits
-    over `bytes_per_token`, `token_accuracy` and `accuracy` shares that are right. `f1` is the mean over the classes that
-    occur (as label or as prediction) of 2 TP / (2 TP + FP + FN), and `f1_binary` that of class 1 of 2.
+    over `bytes_per_token`, `token_accuracy` and `accuracy` shares that are right. `f1` is the mean over the classes
+    that occur (as label or as prediction) of 2 TP / (2 TP + FP + FN), and `f1_binary` that of class 1 of 2.
     `calibration_error` is the expected calibration error (Guo et al., 2017): over 15 bins of equal width, the absolute
     difference of accuracy and mean confidence, weighted by the bin's share of the examples.
 
@@ -192,15 +214,14 @@ def _accuracy(sums: np.ndarray) -> np.ndarray:
 
 def _classifier(task: str, classes: int, names: Sequence[str]) -> Scorer:
     """Columns: the first three of a row; by bin, confidence less right; by class, twice right and predicted + label."""
-    bins = slice(3, 3 + BINS)
-    hits, seen = slice(bins.stop, bins.stop + classes), slice(bins.stop + classes, bins.stop + 2 * classes)
+    hits, seen = slice(_BY_BIN.stop, _BY_BIN.stop + classes), slice(_BY_BIN.stop + classes, _BY_BIN.stop + 2 * classes)
     by_class = bool({"f1", "f1_binary"} & set(names))  # not where nobody asks: they are many, with many classes
 
     def columns(rows: np.ndarray) -> np.ndarray:
-        made = np.zeros((len(rows), seen.stop if by_class else bins.stop))
+        made = np.zeros((len(rows), seen.stop if by_class else _BY_BIN.stop))
         each = np.arange(len(rows))
         made[:, :3] = rows[:, :3]
-        made[each, bins.start + bin_of(rows[:, _CONFIDENCE])] = rows[:, _CONFIDENCE] - rows[:, _RIGHT]
+        made[each, _BY_BIN.start + bin_of(rows[:, _CONFIDENCE])] = rows[:, _CONFIDENCE] - rows[:, _RIGHT]
         if by_class:
             predicted, labels = rows[:, _PREDICTED].astype(int), rows[:, _LABEL].astype(int)
             made[each, hits.start + labels] = 2 * rows[:, _RIGHT]
@@ -215,7 +236,7 @@ def _classifier(task: str, classes: int, names: Sequence[str]) -> Scorer:
         "accuracy": _accuracy,
         "loss": _loss,
         "f1": lambda sums: f1_of_classes(sums).sum(-1) / (sums[..., seen] > 0).sum(-1),
-        "calibration_error": lambda sums: np.abs(sums[..., bins]).sum(-1) / sums[..., 1],
+        "calibration_error": lambda sums: np.abs(sums[..., _BY_BIN]).sum(-1) / sums[..., 1],
         "f1_binary": lambda sums: f1_of_classes(sums)[..., 1],
     }
     return Scorer(task, columns, {name: made[name] for name in names})
@@ -234,8 +255,26 @@ def bin_of(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
 # ---- scores of rows --------------------------------------------------------------------------------------------------
 
 
+def values(scorer: Scorer, rows: np.ndarray) -> dict[str, float]:
+    """Each metric without an interval.
+
+    Raises:
+        InputError: there is no row.
+
+    Example:
+        >>> values(scorer("generation"), generation_rows(["a", "b"], ["a", "c"]))
+        {'exact_match': 0.5}
+    """
+    sums = _columns(scorer, rows).sum(0)
+    return {name: float(metric(sums)) for name, metric in scorer.metrics.items()}
+
+
 def scores(scorer: Scorer, rows: np.ndarray, seed: int = 0) -> dict[str, Estimate]:
     """Each metric with its 95 % bootstrap interval over the examples.
+
+    The calibration error is a sum of absolute values and so too high by chance, the more the fewer the examples. Its
+    interval takes that into account (0 is in it where a calibrated model would often show as much); in simulations it
+    held the true value in 87 to 98 % of the cases, and that of a gap to a well calibrated split in 70 to 84 %.
 
     Raises:
         InputError: there is no row.
@@ -245,7 +284,11 @@ def scores(scorer: Scorer, rows: np.ndarray, seed: int = 0) -> dict[str, Estimat
         >>> str(scores(scorer("generation"), rows)["exact_match"])
         '0.500 [0.350, 0.650]'
     """
-    return estimates(_columns(scorer, rows), scorer.metrics, seed)
+    total, resampled = _sums(scorer, rows, seed)
+    found = {name: estimate_of(metric(total), metric(resampled)) for name, metric in scorer.metrics.items()}
+    if _CALIBRATION in found:
+        found[_CALIBRATION] = _calibration(scorer.metrics[_CALIBRATION], total, resampled)
+    return found
 
 
 def paired(scorer: Scorer, before: np.ndarray, after: np.ndarray, seed: int = 0) -> dict[str, Estimate]:
@@ -261,7 +304,7 @@ def paired(scorer: Scorer, before: np.ndarray, after: np.ndarray, seed: int = 0)
     """
     if len(before) != len(after):
         raise InputError(f"{len(before)} examples before and {len(after)} after cannot be paired; use the same ones")
-    return changes(_columns(scorer, before), _columns(scorer, after), scorer.metrics, seed)
+    return _changes(scorer, _sums(scorer, before, seed), _sums(scorer, after, seed))
 
 
 def gap(scorer: Scorer, reference: np.ndarray, rows: np.ndarray, seed: int = 0) -> dict[str, Estimate]:
@@ -275,7 +318,7 @@ def gap(scorer: Scorer, reference: np.ndarray, rows: np.ndarray, seed: int = 0) 
         >>> str(gap(scorer("generation"), inside, shifted)["exact_match"])
         '-0.500 [-0.650, -0.350]'
     """
-    return independent_changes(_columns(scorer, reference), _columns(scorer, rows), scorer.metrics, seed)
+    return _changes(scorer, _sums(scorer, reference, seed), _sums(scorer, rows, seed + 1))
 
 
 def by_group(scorer: Scorer, rows: np.ndarray, groups: Sequence[Any], seed: int = 0) -> dict[str, dict[str, Estimate]]:
@@ -333,7 +376,47 @@ def reliability(rows: np.ndarray, bins: int = BINS) -> list[ReliabilityBin]:
     ]
 
 
+# ---- intervals -------------------------------------------------------------------------------------------------------
+
+
 def _columns(scorer: Scorer, rows: np.ndarray) -> np.ndarray:
     if len(rows) == 0:
         raise InputError("there are no examples to score")
     return scorer.columns(np.asarray(rows, dtype=np.float64))
+
+
+def _sums(scorer: Scorer, rows: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The sums over all examples, `[columns]`, and over examples drawn again, `[resamples, columns]`."""
+    columns = _columns(scorer, rows)
+    return columns.sum(0), resampled_sums(columns, seed)
+
+
+def _changes(
+    scorer: Scorer, before: tuple[np.ndarray, np.ndarray], after: tuple[np.ndarray, np.ndarray]
+) -> dict[str, Estimate]:
+    found = {}
+    for name, metric in scorer.metrics.items():
+        value, resampled = metric(after[0]) - metric(before[0]), metric(after[1]) - metric(before[1])
+        found[name] = (_reflected if name == _CALIBRATION else estimate_of)(value, resampled)
+    return found
+
+
+def _reflected(value: np.ndarray, resampled: np.ndarray) -> Estimate:
+    """What resampling adds to the value is taken from it.
+
+    The calibration error is a sum of absolute values, so chance can only raise it. A resample has the chance of the
+    sample and its own besides and is higher again, and the middle of the resampled values would miss the true one.
+    """
+    percentiles = estimate_of(value, resampled)
+    return Estimate(
+        percentiles.value, 2 * percentiles.value - percentiles.high, 2 * percentiles.value - percentiles.low
+    )
+
+
+def _calibration(metric: Metric, total: np.ndarray, resampled: np.ndarray) -> Estimate:
+    """Reflected, around the value, and down to 0 where a perfectly calibrated model would often show as much."""
+    found = _reflected(metric(total), metric(resampled))
+    chance = resampled.copy()
+    chance[:, _BY_BIN] -= total[_BY_BIN]  # the same scatter around no error at all
+    by_chance = found.value <= np.quantile(metric(chance), 0.975)
+    return Estimate(found.value, 0.0 if by_chance else max(found.low, 0.0), max(found.high, found.value))

@@ -20,10 +20,10 @@ from hf_momentum.evaluation import (
     SplitResult,
     causal_lm_statistics,
     changes,
-    classification_statistics,
     estimates,
     metrics_of,
 )
+from hf_momentum.evaluation.scores import classification_rows
 from hf_momentum.evaluation.suite import Suite
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.training import corpus
@@ -40,7 +40,7 @@ from hf_momentum.training.suite_rows import load_suite
 from hf_momentum.training.suite_trainer import suite_datasets, suite_metrics
 from hf_momentum.training.trainer import MomentumTrainer
 
-_STATISTICS = {"causal_lm": causal_lm_statistics, "sequence_classification": classification_statistics}
+_STATISTICS = {"causal_lm": causal_lm_statistics, "sequence_classification": classification_rows}
 
 # Keys of a parameter group that a report leaves out: bookkeeping, or listed on their own.
 _NOT_SHOWN = {"params", "param_names", "initial_lr", "weight_decay", "algorithm", "maximize", "index", "observed"}
@@ -239,7 +239,7 @@ def _check_saving(training: MomentumTrainingArguments) -> None:
 
 
 def measure(trainer: MomentumTrainer, split: Split, when: str) -> np.ndarray:
-    """[examples, 3] statistics, gathered over all processes, in the order of the examples."""
+    """[examples, columns] statistics of the task, gathered over all processes, in the order of the examples."""
     output = trainer.predict(split.examples, metric_key_prefix=f"{when}_{split.name}")  # type: ignore[arg-type]
     return np.asarray(output.predictions, dtype=np.float64)
 

@@ -3,12 +3,10 @@
 A finished run is one line of `runs.jsonl`. Whoever gives the same command again repeats only what has no line there.
 """
 
-import contextlib
 import gc
 import hashlib
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import shlex
@@ -17,14 +15,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import datasets
 import torch
 from transformers import PrinterCallback
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from hf_momentum.errors import InputError, TrainingStopped
 from hf_momentum.evaluation import metrics_of
@@ -33,6 +29,7 @@ from hf_momentum.integrations.registry import nearest
 from hf_momentum.training import job
 from hf_momentum.training.arguments import BloopArguments, DataArguments
 from hf_momentum.training.processes import environment_of_one_process, launched_processes
+from hf_momentum.training.quiet import quiet
 from hf_momentum.training.recipe import Recipe, load_recipe
 
 BASE = "base model"
@@ -148,7 +145,6 @@ class Plan:
         words += [f"--seed={point.seed}", f"--data_seed={point.seed}", f"--output_dir={self.folder}"]
         words += [f"--{name}={value}" for name, value in _SET.items()]
         recipe = load_recipe(self.config, [*self.overrides, *words])
-        recipe.data.max_eval_examples = None  # the loader would draw others for every seed; see `_losses`
         if point.surgery == "replay":
             recipe.training.per_device_train_batch_size = sum(examples_per_device(recipe))
         return recipe
@@ -298,7 +294,7 @@ def run_point(made: Plan, point: Point) -> Record:
     losses: dict[str, float] = {}
     status, message = "finished", ""
     try:
-        with _quiet():
+        with quiet():
             losses = _losses(made, point)
         unusable = [name for name, loss in losses.items() if not math.isfinite(loss)]
         if unusable:
@@ -319,38 +315,16 @@ def run_point(made: Plan, point: Point) -> Record:
 
 
 def _losses(made: Plan, point: Point) -> dict[str, float]:
-    limit = load_recipe(made.config, made.overrides).data.max_eval_examples
-    recipe = made.recipe(point)  # the last one to be loaded: loading resets the state that a Trainer shares
+    recipe = made.recipe(point)
     prepared = job.prepare(recipe)
     prepared.trainer.remove_callback(PrinterCallback)  # there is one line for each run, from the grid
     if point.surgery != BASE:
         prepared.trainer.train()
     found = {}
     for split in prepared.splits:
-        # The same for all seeds: else the choice of examples would widen every interval, and shift the base model.
-        if limit is not None and limit < len(split.examples):
-            split = replace(split, examples=split.examples.shuffle(seed=0).select(range(limit)))
         statistics = job.measure(prepared.trainer, split, "before" if point.surgery == BASE else "after")
         found[split.name] = float(metrics_of(recipe.model.task, split.bytes_per_token)["loss"](statistics.sum(0)))
     return found
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without a progress bar for every file and split of every run, and without the same notes again; warnings stay."""
-    logger = logging.getLogger("hf_momentum")
-    level, data, weights = logger.level, datasets.are_progress_bars_disabled(), is_progress_bar_enabled()
-    logger.setLevel(logging.WARNING)
-    datasets.disable_progress_bars()
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if not data:
-            datasets.enable_progress_bars()
-        if weights:
-            enable_progress_bar()
 
 
 # ---- the record of runs ----------------------------------------------------------------------------------------------

@@ -119,7 +119,8 @@ class Loader:
         task: "causal_lm" or "sequence_classification".
         data: the recipe's data fields.
         tokenizer: any fast tokenizer.
-        seed: which examples are kept where their number is limited.
+        seed: which training examples are kept where their number is limited. Of evaluation splits the same ones are
+            kept whatever the seed: else the choice would widen every interval over seeds.
     """
 
     def __init__(self, task: str, data: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
@@ -181,9 +182,10 @@ class Loader:
         return rows
 
     def _split(self, name: str, role: str, source: str, rows: datasets.Dataset, most: int | None) -> Split:
+        seed = self.seed if role.endswith("training") else 0
         examples = self._blocks(rows, source) if self.task == "causal_lm" else self._classified(rows, source)
         if most is not None and most < len(examples):
-            examples = examples.shuffle(seed=self.seed).select(range(most))
+            examples = examples.shuffle(seed=seed).select(range(most))
         return Split(name, role, source, examples, self._bytes_per_token(rows))
 
     def _bytes_per_token(self, rows: datasets.Dataset) -> float:
