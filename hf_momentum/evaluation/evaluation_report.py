@@ -401,7 +401,11 @@ class EvaluationReport:
             "the model is overconfident."
         )
         alt = f"Reliability diagrams for {_listed(list(bins))}"
-        return [Heading("Calibration"), Picture("reliability", caption, alt, pictures.reliability(bins))]
+        said = (
+            "A calibration error is a sum of absolute values, so chance alone makes it larger than 0, the more the fewer "
+            "the examples. Its intervals allow for that, and cover the truth less often than the others do."
+        )
+        return [Heading("Calibration"), Picture("reliability", caption, alt, pictures.reliability(bins)), Text(said)]
 
     def _forgetting(self) -> list[Block]:
         if not self.changes:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from hf_momentum.evaluation import robustness
-from hf_momentum.evaluation.metrics import Estimate, _estimate, _resampled_sums, estimates
+from hf_momentum.evaluation.metrics import Estimate, estimate_of, estimates, resampled_sums
 from hf_momentum.evaluation.results import Point, SplitScores
 from hf_momentum.evaluation.scores import (
     LOWER_IS_BETTER,
@@ -211,8 +211,8 @@ def _effective(
         return np.array([line.effective_robustness(Point("", float(x), float(y))) for x, y in both])
 
     columns = [one.scorer.columns(np.asarray(one.rows, dtype=np.float64)) for one in (inside, shifted)]
-    drawn = _resampled_sums(columns[0], seed), _resampled_sums(columns[1], seed if pairs else seed + 1)
-    return _estimate(distance(columns[0].sum(0), columns[1].sum(0))[0], distance(*drawn))
+    drawn = resampled_sums(columns[0], seed), resampled_sums(columns[1], seed if pairs else seed + 1)
+    return estimate_of(distance(columns[0].sum(0), columns[1].sum(0))[0], distance(*drawn))
 
 
 def _of(measured: Measured, metric: str, sums: np.ndarray) -> np.ndarray:
@@ -224,7 +224,7 @@ def _value(measured: Measured, metric: str) -> float:
 
 
 def means_over_severities(measured: Sequence[Measured], seed: int = 0) -> list[Mean]:
-    """The mean over severities wherever a corruption of a split was measured at more than one."""
+    """The mean over severities wherever a corruption of a split was measured at more than one; not of calibration."""
     clean = {one.split.name: one for one in measured}
     families: dict[tuple[str, str], list[Measured]] = {}
     for one in measured:
@@ -263,7 +263,8 @@ def _mean_scores(
     metrics: dict[str, Metric] = {}
     changes: dict[str, Metric] = {}
     for name, metric in family[0].scorer.metrics.items():
-        if all(name in one.scorer.metrics for one in (clean, *family)):
+        # The percentiles of resampled calibration errors are no interval (see `scores`); each severity has its own.
+        if name != "calibration_error" and all(name in one.scorer.metrics for one in (clean, *family)):
             metrics[name] = partial(_mean_of, metric, places[1:])
             changes[name] = partial(_change_of, metric, places)
     together = np.concatenate(columns, axis=1)
