@@ -63,6 +63,19 @@ example:
 Optimizer and learning-rate schedule begin anew in each stage. Each finished stage is kept: the same command, given
 again, runs only what is missing. Any field of a recipe but its data can be given as --field value."""
 
+EVALUATE_HELP = """\
+Score a model on every split of a suite: in distribution, under shift, on corrupted rows, on what it must not forget.
+
+examples:
+  hf-momentum evaluate --model outputs/quickstart --suite stdlib --output_dir outputs/quickstart_stdlib
+  hf-momentum evaluate --model outputs/mine/checkpoint-400 --base my-base --suite suites/mine.yaml
+  hf-momentum evaluate --model outputs/sentiment_minilm --suite reviews --source movies=movies_test.jsonl \\
+    --source products=products_test.jsonl --source news=news_test.jsonl
+  hf-momentum evaluate --model mine --suite reviews --baselines outputs/a/report.json outputs/b/report.json
+
+MODEL is a Hub name, a folder, PEFT adapters, or a checkpoint of a run under any launch. SUITE is a YAML file or a
+shipped one: stdlib (language models; needs no network), reviews (sentiment). Intervals are over examples."""
+
 RUN_HELP = """\
 Run any script or module that uses a Trainer with our --optim names registered, unchanged.
 
@@ -118,6 +131,7 @@ def _dispatch(words: list[str]) -> int:
     commands.add_parser("pareto", help="compare gradient surgeries by their fronts", add_help=False)
     commands.add_parser("compare", help="compare tuned optimizers over seeds", add_help=False)
     commands.add_parser("stream", help="fine-tune through domains and see what is forgotten", add_help=False)
+    commands.add_parser("evaluate", help="score a model on a suite of splits", add_help=False)
     commands.add_parser("run", help="run any script with our --optim names", add_help=False)
     commands.add_parser("export", help="write a checkpoint as a plain folder", add_help=False)
     commands.add_parser("optimizers", help="list the optimizers and their arguments")
@@ -131,6 +145,8 @@ def _dispatch(words: list[str]) -> int:
         return _compare(rest)
     if command == "stream":
         return _stream(rest)
+    if command == "evaluate":
+        return _evaluate(rest)
     if command == "run":
         return _run(rest)
     if command == "export":
@@ -330,6 +346,45 @@ def _stream(words: list[str]) -> int:
     report = stream.report(made, stream.run_streams(made))
     path = report.write(Path(known.output_dir))
     print(f"\n{report.verdict()}\nReport: {path} (and report.md, stream.json, plots/)", flush=True)
+    return 0
+
+
+def _evaluate(words: list[str]) -> int:
+    parser = _OneLineParser(
+        prog="hf-momentum evaluate",
+        description=EVALUATE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", metavar="MODEL", required=True, help="what is evaluated")
+    parser.add_argument("--suite", metavar="SUITE", required=True, help="a YAML file, or a shipped suite's name")
+    parser.add_argument("--source", metavar="NAME=SOURCE", action="append", default=[], help="replace a split's source")
+    parser.add_argument("--base", metavar="MODEL", help="the model before fine-tuning, for what was forgotten")
+    parser.add_argument("--baselines", metavar="JSON", nargs="+", default=[], help="reports, for effective robustness")
+    parser.add_argument("--batch_size", metavar="N", type=int, default=16, help="examples at a time (%(default)s)")
+    parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1 (the accelerator, if there is one)")
+    parser.add_argument("--dtype", metavar="DTYPE", default="auto", help="auto (as saved), float32, bfloat16, float16")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub model")
+    parser.add_argument("--max_examples", metavar="N", type=int, help="of each split at most")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the bootstrap (%(default)s)")
+    parser.add_argument("--output_dir", metavar="OUT", default="outputs/evaluation", help="(%(default)s)")
+    known = parser.parse_args(words)
+    from hf_momentum.training import evaluate
+
+    settings = evaluate.Settings(
+        model=known.model,
+        base=known.base,
+        baselines=known.baselines,
+        batch_size=known.batch_size,
+        device=known.device,
+        dtype=known.dtype,
+        revision=known.revision,
+        seed=known.seed,
+    )
+    suite = evaluate.load_suite(known.suite, known.source, known.max_examples)
+    report = evaluate.evaluate(suite, settings, evaluate.command_of(words))
+    path = report.write(Path(known.output_dir))
+    print("\n" + "\n".join([*report.summary(), f"Report: {path} (and report.md, report.json, card.md, plots/)"]))
     return 0
 
 

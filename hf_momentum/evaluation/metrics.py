@@ -26,7 +26,17 @@ def causal_lm_statistics(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
         >>> causal_lm_statistics(logits, torch.tensor([[0, 1]]))
         tensor([[0.6931, 1.0000, 0.0000]], dtype=torch.float64)
     """
-    logits, targets = logits[:, :-1].float(), labels[:, 1:]
+    return token_statistics(logits[:, :-1], labels[:, 1:])
+
+
+def token_statistics(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The same where position i predicts target i, as when a window's last token is not fed to the model.
+
+    Example:
+        >>> token_statistics(torch.tensor([[[0.0, 0.0], [9.0, 0.0]]]), torch.tensor([[1, -100]]))
+        tensor([[0.6931, 1.0000, 0.0000]], dtype=torch.float64)
+    """
+    logits = logits.float()
     counted = targets != -100
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=-100)
     right = (logits.argmax(-1) == targets) & counted

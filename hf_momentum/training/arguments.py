@@ -76,6 +76,15 @@ class DataArguments:
     auxiliary: list[str] = field(
         default_factory=list, metadata={"help": "Splits like the auxiliary data: NAME=SOURCE@SPLIT."}
     )
+    evaluation_suite: str | None = field(
+        default=None,
+        metadata={
+            "help": "A suite (file or shipped name), on all of whose splits eval_strategy evaluates in training."
+        },
+    )
+    evaluation_sources: list[str] = field(
+        default_factory=list, metadata={"help": "Sources in place of the suite's: NAME=SOURCE@SPLIT."}
+    )
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     label_column: str = field(default="label", metadata={"help": "Column that holds the class."})
     block_size: int = field(default=256, metadata={"help": "Tokens per example; longer texts are cut or wrapped."})

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DataCollatorWithPadding, default_data_collator, set_seed
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator, set_seed
 from transformers.trainer_pt_utils import get_model_param_count
 
 from hf_momentum.errors import InputError
@@ -24,6 +24,7 @@ from hf_momentum.evaluation import (
     metrics_of,
 )
 from hf_momentum.evaluation.scores import classification_rows
+from hf_momentum.evaluation.suite import Suite
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.training import corpus
 from hf_momentum.training.arguments import MomentumTrainingArguments
@@ -35,6 +36,8 @@ from hf_momentum.training.processes import check_launch, layout
 from hf_momentum.training.recipe import Recipe
 from hf_momentum.training.replay import ReplayMixture
 from hf_momentum.training.sources import Loader, Split
+from hf_momentum.training.suite_rows import load_suite
+from hf_momentum.training.suite_trainer import suite_datasets, suite_metrics
 from hf_momentum.training.trainer import MomentumTrainer
 
 _STATISTICS = {"causal_lm": causal_lm_statistics, "sequence_classification": classification_rows}
@@ -97,9 +100,13 @@ def prepare(recipe: Recipe) -> Prepared:
         name = str(getattr(training.optim, "value", training.optim))
         check_checkpoint(checkpoint, name, training.world_size, state.distributed_type.value)
     data = recipe.data
-    if not (data.in_distribution or data.shifted or data.must_not_forget or data.auxiliary):
+    suite = None
+    if data.evaluation_suite is not None:
+        suite = load_suite(data.evaluation_suite, data.evaluation_sources, data.max_eval_examples)
+    elif not (data.in_distribution or data.shifted or data.must_not_forget or data.auxiliary):
         raise InputError(
-            "name at least one split to evaluate on: in_distribution, shifted, must_not_forget or auxiliary"
+            "name at least one split to evaluate on: in_distribution, shifted, must_not_forget or auxiliary, or an "
+            "evaluation_suite"
         )
     check_launch(state)
     _check_saving(training)
@@ -111,8 +118,8 @@ def prepare(recipe: Recipe) -> Prepared:
     loader = Loader(recipe.model.task, data, base.tokenizer, seed=seed)
     train_split, validation, splits = loader.training(), loader.validation(), loader.evaluation()
     auxiliaries = loader.auxiliaries(recipe.bloop.aux_dataset, recipe.bloop.max_aux_examples)
-    if validation is None and training.eval_strategy != "no":
-        raise InputError("eval_strategy needs a validation_dataset")
+    if validation is None and suite is None and training.eval_strategy != "no":
+        raise InputError("eval_strategy needs a validation_dataset or an evaluation_suite")
     set_seed(training.seed)
     model = load_model(base, recipe.model, recipe.peft, loader.classes)
 
@@ -132,6 +139,8 @@ def prepare(recipe: Recipe) -> Prepared:
             logits[0] if isinstance(logits, tuple) else logits, labels
         ),
     }
+    if suite is not None:
+        fields |= _evaluated(suite, recipe, base.tokenizer, loader.classes, validation)
     trainer: MomentumTrainer
     if recipe.bloop.surgery == "replay" and auxiliaries:
         # Mixed as the weighted sum of losses would be, in expectation and up to its scale.
@@ -196,6 +205,24 @@ def train(recipe: Recipe) -> Outcome:
     if training.push_to_hub:
         trainer.push_to_hub(commit_message="hf-momentum: end of training")
     return Outcome(report, folder, trainer.is_world_process_zero())
+
+
+def _evaluated(
+    suite: Suite, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, classes: Sequence[Any], validation: Split | None
+) -> dict[str, Any]:
+    """What the trainer is given to evaluate a suite's splits, beside the validation data if there are any."""
+    outputs = [str(name) for name in classes]
+    splits = suite_datasets(suite, tokenizer, outputs, recipe.data.block_size)
+    if suite.splits[0].task != recipe.model.task:
+        raise InputError(
+            f"evaluation_suite {suite.name} is for {suite.splits[0].task}, and the recipe's task is {recipe.model.task}"
+        )
+    metrics, counted = suite_metrics(suite, len(outputs))
+    return {
+        "eval_dataset": splits if validation is None else {"validation": validation.examples, **splits},
+        "compute_metrics": metrics,
+        "preprocess_logits_for_metrics": counted,
+    }
 
 
 def _check_saving(training: MomentumTrainingArguments) -> None:
