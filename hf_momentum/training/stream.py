@@ -30,6 +30,7 @@ from hf_momentum.training.processes import launched_processes
 from hf_momentum.training.quiet import quiet
 from hf_momentum.training.recipe import Recipe, load_recipe, split_name
 from hf_momentum.training.sources import Source
+from hf_momentum.training.trainer import MomentumTrainer
 
 Scores = Mapping[str, Mapping[str, Estimate]]  # by domain and metric
 
@@ -220,18 +221,22 @@ def run_stage(made: Plan, seed: int, stage: int) -> Stage:
         before = _measured(recipe.model.task, prepared, "before") if stage == 1 else {}
         seconds = trainer.train().metrics["train_runtime"]
         left = Stage(made.digest, before, _measured(recipe.model.task, prepared, "after"), seconds)
+        _keep(trainer, made.place(seed, stage))
+    write(made, seed, stage, left)
+    if stage > 1:  # the last model is all that the rest of the stream needs
+        shutil.rmtree(made.place(seed, stage - 1) / "model", ignore_errors=True)
+    return left
+
+
+def _keep(trainer: MomentumTrainer, folder: Path) -> None:
+    """The model and its tokenizer as a plain folder, which appears whole or not at all."""
     model: Any = trainer.model
-    folder = made.place(seed, stage)
     partial = folder / "model.partial"
     shutil.rmtree(partial, ignore_errors=True)
     (model.merge_and_unload() if isinstance(model, PeftModel) else model).save_pretrained(partial)
     trainer.processing_class.save_pretrained(partial)  # type: ignore[union-attr]
     shutil.rmtree(folder / "model", ignore_errors=True)
     partial.replace(folder / "model")
-    write(made, seed, stage, left)
-    if stage > 1:  # the last model is all that the rest of the stream needs
-        shutil.rmtree(made.place(seed, stage - 1) / "model", ignore_errors=True)
-    return left
 
 
 def _measured(task: str, prepared: job.Prepared, when: str) -> dict[str, dict[str, Estimate]]:
