@@ -516,3 +516,17 @@ def test_a_file_that_is_no_report_is_no_baseline(classifier, tmp_path):
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(InputError, match="is no report of `hf-momentum evaluate`"):
         evaluate(review_suite(classifier), Settings(str(classifier), baselines=[str(tmp_path / "a.json")]))
+
+
+def test_a_checkpoint_of_shards_is_put_together_first(language, tmp_path):
+    """As FSDP leaves one: weights in a file that from_pretrained does not know, the description one folder up."""
+    model = LlamaForCausalLM.from_pretrained(language)
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    torch.save(model.state_dict(), checkpoint / "pytorch_model_fsdp.bin")
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
+    for path in language.iterdir():
+        if path.name != "model.safetensors":
+            (tmp_path / "run" / path.name).write_bytes(path.read_bytes())
+    whole, sharded = (rows_of(place, code_suite(language))[0].rows for place in (language, checkpoint))
+    np.testing.assert_array_equal(whole, sharded)

@@ -32,9 +32,12 @@ from hf_momentum.evaluation.scores import worst_group
 
 KIND = "hf-momentum evaluation"
 
+_MOST_IN_PICTURE = 12  # models that a reader can tell apart
+
 INTERVALS = (
     "Every interval is a 95 % bootstrap interval over the examples of a split: how far another sample of the same "
-    "distribution might move the figure. It says nothing about another training run."
+    "distribution might move the figure. It says nothing about another training run. A difference is called "
+    "significant where its interval leaves out 0; that there are several is not corrected for."
 )
 
 
@@ -273,7 +276,7 @@ class EvaluationReport:
         roles = {split.name: split.role for split in self.splits}
         said += [_change_sentence(one, roles[one.split]) for one in self.changes if one.split not in within]
         for one in self.robustness:
-            if one.effective is not None:
+            if one.effective is not None and one.split not in within:
                 said.append(
                     f"**{literal(one.split)}**: effective robustness {_signed(one.effective)} in {_words(one.metric)} "
                     f"against {len(one.baselines)} baselines."
@@ -302,32 +305,56 @@ class EvaluationReport:
                 pictures.differences(rows, f"difference in {_words(metric)} ({better})"),
             ),
         ]
-        for one in self.robustness:
-            blocks += self._robust(one)
-        return blocks
+        return [*blocks, *self._robust()]
 
-    def _robust(self, one: Robustness) -> list[Block]:
-        points = {point.label: [point] for point in one.baselines} | {_short(self.model): [one.point]}
-        said = (
-            f"{literal(one.split)}: {one.reason}, so effective robustness is not known."
-            if one.effective is None
-            else f"Effective robustness on {literal(one.split)}: {_signed(one.effective)}. The line through the "
-            "baselines is taken as known."
-        )
-        return [
-            Picture(
-                f"robustness_{_file(one.split)}",
-                said,
-                f"{_words(one.metric)} on {one.split} against {one.other}, for {_listed(list(points))}",
-                pictures.shift_scatter(
-                    points,
-                    one.line,
-                    [point.label for point in one.baselines],
-                    f"{_words(one.metric)} on {one.other}",
-                    f"{_words(one.metric)} on {one.split}",
-                ),
-            )
+    def _robust(self) -> list[Block]:
+        """Effective robustness of every shift; a picture of those that are no severities of one corruption."""
+        if not self.robustness:
+            return []
+        within = {name for mean in self.means for name in mean.splits}
+        header = ["split", "against", "metric", "there", "here", "the line predicts", "effective robustness"]
+        rows = [
+            [
+                literal(one.split),
+                literal(one.other),
+                _words(one.metric),
+                f"{one.point.in_distribution:.3f}",
+                f"{one.point.shifted:.3f}",
+                "" if one.line is None else f"{one.line.at(one.point.in_distribution):.3f}",
+                one.reason if one.effective is None else _signed(one.effective),
+            ]
+            for one in self.robustness
         ]
+        said = (
+            "Effective robustness is how much better the model is under shift than a line through the baselines "
+            "predicts from its score in distribution. The line is taken as known: how uncertain it is, is in no interval"
+        )
+        most = max(len(one.baselines) for one in self.robustness)
+        said += ", and through two points there always is one." if most == 2 else "."
+        pictured = [one for one in self.robustness if one.split not in within and len(one.baselines) < _MOST_IN_PICTURE]
+        return [
+            Heading("Effective robustness", 3),
+            Table(header, rows, left=3),
+            Text(said),
+            *(self._scatter(one) for one in pictured),
+        ]
+
+    def _scatter(self, one: Robustness) -> Picture:
+        shorts = [_short(point.label) for point in one.baselines]
+        names = shorts if len({*shorts, _short(self.model)}) > len(shorts) else [point.label for point in one.baselines]
+        points = {name: [point] for name, point in zip(names, one.baselines, strict=True)}
+        return Picture(
+            f"robustness_{_file(one.split)}",
+            f"{_words(one.metric).capitalize()} on {literal(one.split)} against that on {literal(one.other)}.",
+            f"{_words(one.metric)} on {one.split} against {one.other}, for {_listed([*names, _short(self.model)])}",
+            pictures.shift_scatter(
+                {**points, _short(self.model): [one.point]},
+                one.line,
+                names,
+                f"{_words(one.metric)} on {one.other}",
+                f"{_words(one.metric)} on {one.split}",
+            ),
+        )
 
     def _groups(self) -> list[Block]:
         grouped = [split for split in self.splits if split.groups]
@@ -402,8 +429,8 @@ class EvaluationReport:
         )
         alt = f"Reliability diagrams for {_listed(list(bins))}"
         said = (
-            "A calibration error is a sum of absolute values, so chance alone makes it larger than 0, the more the fewer "
-            "the examples. Its intervals allow for that, and cover the truth less often than the others do."
+            "A calibration error is a sum of absolute values, so chance alone makes it larger than 0, the more the "
+            "fewer the examples. Its intervals allow for that, and cover the truth less often than the others do."
         )
         return [Heading("Calibration"), Picture("reliability", caption, alt, pictures.reliability(bins)), Text(said)]
 
