@@ -149,7 +149,7 @@ class ComparisonReport:
         ...     "t", "byte", "loss", "loss", ["adamw_torch", "tam"], "adamw_torch", [], {}, [0, 1, 2], [split], runs
         ... )
         >>> report.verdict()
-        ['tam against adamw_torch: better on code (loss -0.483 [-0.535, -0.432], p = 0.00061).']
+        ['tam against adamw_torch: better on code (loss -0.483 [-0.535, -0.432], p = 0.00062).']
     """
 
     title: str
