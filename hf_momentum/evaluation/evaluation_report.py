@@ -327,7 +327,8 @@ class EvaluationReport:
         ]
         said = (
             "Effective robustness is how much better the model is under shift than a line through the baselines "
-            "predicts from its score in distribution. The line is taken as known: how uncertain it is, is in no interval"
+            "predicts from its score in distribution. The line is taken as known: how uncertain it is, is in no "
+            "interval"
         )
         most = max(len(one.baselines) for one in self.robustness)
         said += ", and through two points there always is one." if most == 2 else "."
