@@ -136,7 +136,7 @@ class EvaluationReport:
         results = [
             EvalResult(
                 task_type=_HUB_TASKS.get(self.tasks.get(split.name, ""), "other"),
-                dataset_type=split.source.partition("@")[0] or split.name,
+                dataset_type=_ending(split.source.partition("@")[0]),
                 dataset_name=f"{split.name} ({_what(split)})",
                 dataset_config=split.name,  # the Hub joins results of what has no other name
                 dataset_split=split.source.partition("@")[2] or None,
@@ -312,7 +312,15 @@ class EvaluationReport:
         if not self.robustness:
             return []
         within = {name for mean in self.means for name in mean.splits}
-        header = ["split", "against", "metric", "there", "here", "the line predicts", "effective robustness"]
+        header = [
+            "split",
+            "against",
+            "metric",
+            "in distribution",
+            "under shift",
+            "the line predicts",
+            "effective robustness",
+        ]
         rows = [
             [
                 literal(one.split),
@@ -486,6 +494,11 @@ def _short(place: str) -> str:
     """A path is a long story about one machine: its end says what it is."""
     path = Path(place)
     return str(Path(*path.parts[-2:])) if path.is_absolute() else place
+
+
+def _ending(place: str) -> str:
+    """Of a file on this machine its name alone."""
+    return Path(place).name if Path(place).suffix else place
 
 
 def _signed(value: Estimate) -> str:

@@ -135,12 +135,20 @@ class Suite:
             >>> read_suite(suite.to_yaml(), "mine") == suite
             True
         """
-        entries = {"description": self.description} if self.description else {}
-        return yaml.safe_dump(
-            {**entries, "splits": {split.name: _entry(split) for split in self.splits}},
-            sort_keys=False,
-            allow_unicode=True,
-        )
+        entries = {split.name: _entry(split) for split in self.splits}
+        own = [entries[split.name] for split in self.splits if split.of is None]
+        shared = {
+            key: own[0][key] for key in SHARED if key in own[0] and all(one.get(key) == own[0][key] for one in own)
+        }
+        for one in own:
+            for key in shared:
+                del one[key]
+        metrics = {split.name: split.metrics for split in self.splits}
+        for split in self.splits:
+            if split.of is not None and split.metrics == metrics[split.of]:
+                entries[split.name].pop("metrics", None)
+        description = {"description": self.description} if self.description else {}
+        return yaml.safe_dump({**description, **shared, "splits": entries}, sort_keys=False, allow_unicode=True)
 
     def limited(self, most: int) -> "Suite":
         """The same with at most `most` examples of every split.
