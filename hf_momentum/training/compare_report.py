@@ -204,6 +204,8 @@ def _facts(made: Plan, recipe: Recipe, records: Mapping[str, RunScores]) -> dict
         "model": f"{recipe.model.model_name_or_path}, {'LoRA' if recipe.peft.lora else 'all weights'}",
         "training data": recipe.data.train_dataset,
         "validation data": recipe.data.validation_dataset,
+        "evaluation": "; ".join(f"{split.name}: {split.source}" for split in split_facts(recipe))
+        + (f" (at most {recipe.data.max_eval_examples} examples of each)" if recipe.data.max_eval_examples else ""),
         "examples per step": batch,
         "optimizer arguments": arguments or "defaults",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
