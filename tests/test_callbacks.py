@@ -48,6 +48,18 @@ def test_a_plain_trainer_logs_the_dynamics_of_our_optimizers(tmp_path):
     assert [logs["damping"] for logs in reported] == [entry["damping"] for entry in logged], "reporters see them too"
 
 
+def test_the_effective_rate_is_that_of_the_step_whose_rate_is_logged(tmp_path):
+    """At its log the scheduler has already set the next step's rate."""
+    trainer = small_trainer(tmp_path, optim="tam", optim_args="fixed_damping=0.5", logging_steps=1)
+    DynamicsCallback().attach(trainer)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len({entry["learning_rate"] for entry in logged}) == 6, "the schedule decays"
+    for entry in logged:
+        assert entry["effective_lr"] == pytest.approx(entry["learning_rate"] * 0.5 / (1 - 0.9), rel=1e-6)
+    assert trainer.optimizer.param_groups[0]["lr"] == trainer.lr_scheduler.get_last_lr()[0], "looking changes nothing"
+
+
 class TrainerSpy(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.seen.append(dict(logs))

@@ -1,6 +1,7 @@
 """Callbacks for any `transformers.Trainer`: inner quantities in the log, a momentum schedule, and no bad checkpoint."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,10 +36,24 @@ class DynamicsCallback(TrainerCallback):
         self.per_layer, self.update_norm = per_layer, update_norm
         self._before: list[torch.Tensor] = []
         self._norm: torch.Tensor | None = None
+        self._rates: list[float] = []
 
     def attach(self, trainer: Trainer) -> None:
         """Make `trainer` log the dynamics; works with any Trainer."""
         trainer.callback_handler.callbacks.insert(0, self)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Note the learning rates of the coming step: at its log the scheduler has set those of the next one."""
+        base = base_optimizer(optimizer)
+        if isinstance(base, MomentumOptimizer):
+            self._rates = [group["lr"] for group in base.param_groups]
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -80,7 +95,7 @@ class DynamicsCallback(TrainerCallback):
         base = base_optimizer(optimizer)
         found: dict[str, torch.Tensor] = {}
         if isinstance(base, MomentumOptimizer):
-            found |= base.dynamics()
+            found |= _dynamics(base, self._rates)
             if self.per_layer:
                 names = {id(param): name for name, param in model.named_parameters()}
                 for quantity, pairs in base.tensor_dynamics().items():
@@ -97,6 +112,18 @@ class DynamicsCallback(TrainerCallback):
         named = {name: value for name, value in named.items() if math.isfinite(value)}  # JSON knows no infinity
         logs.update(named)
         state.log_history[-1].update(named)
+
+
+def _dynamics(optimizer: MomentumOptimizer, rates: Sequence[float]) -> dict[str, torch.Tensor]:
+    """The inner quantities of the last step, at the learning rates that it had."""
+    now = [group["lr"] for group in optimizer.param_groups]
+    try:
+        for group, rate in zip(optimizer.param_groups, rates, strict=False):
+            group["lr"] = rate
+        return optimizer.dynamics()
+    finally:
+        for group, rate in zip(optimizer.param_groups, now, strict=True):
+            group["lr"] = rate
 
 
 def _trained(model: Any) -> list[torch.Tensor]:
