@@ -101,7 +101,8 @@ class Ledger:
 
     def __init__(self, url: str, study: str, lower_is_better: bool, grace: float = GRACE) -> None:
         import optuna
-        from sqlalchemy.exc import SQLAlchemyError
+        from optuna.exceptions import StorageInternalError
+        from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
         self.study, self.grace, self.owner = study, grace, Owner.here()
         self.worst = math.inf if lower_is_better else -math.inf
@@ -109,20 +110,20 @@ class Ledger:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # Workers that write at once wait for each other; the default of 5 s is short for a slow disk.
         options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-        for attempt in range(10):
+        for attempt in range(5):
             try:
                 self.storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
                 direction: Any = "minimize" if lower_is_better else "maximize"
                 optuna.create_study(storage=self.storage, study_name=study, direction=direction, load_if_exists=True)
                 break
-            except (SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
+            except (SQLAlchemyError, StorageInternalError, ImportError, ValueError, RuntimeError) as error:
                 # Two workers that start at once both make the tables; the later one finds them the next time.
-                if attempt == 9 or isinstance(error, ImportError | ValueError | RuntimeError):
+                if attempt == 4 or not isinstance(error, DBAPIError | StorageInternalError):
                     raise InputError(
                         f"storage {url!r} cannot be opened ({' '.join(str(error).split())[:200]}); give a URL as "
                         "Optuna takes it, such as sqlite:///runs.db or postgresql+psycopg://user@host/database"
                     ) from error
-                time.sleep(0.2 * (attempt + 1))
+                time.sleep(0.3 * (attempt + 1))
         self._id = self.storage.get_study_id_from_name(study)
         # What failed before this worker came is tried again; what fails from now on is told.
         self._old = {trial.number for trial in self._trials() if trial.state.name == "FAIL"}
