@@ -56,6 +56,7 @@ def program(lab: Lab) -> Program:
         common = {"batch": batch, "model": "mlp" if lab.size.task == "digits" else lab.size.model}
         grids = {name: _grid(lab, method, {**options, **common}) for name, (method, options) in METHODS.items()}
         where = f"{regime} ({batch})"
+        setting = f"{lab.size.task}, {common['model']}, {lab.size.steps} steps of {batch}"
         found = {name: [_accuracies(lab, setting) for setting in grid] for name, grid in grids.items()}
         for name, table in found.items():
             by_rate = ", ".join(f"{s.lr:g}: {statistics.fmean(a):.1f}" for s, a in zip(grids[name], table, strict=True))
@@ -64,11 +65,11 @@ def program(lab: Lab) -> Program:
         facts.append(f"Selected, {where}: " + ", ".join(f"{name} {grids[name][i].lr:g}" for name, i in chosen.items()))
         facts += [f"{name}, {where}: the selected one is AT AN END" for name, i in chosen.items() if _at_end(i)]
         rows += [
-            _large(lab, where, grids, found, chosen["SGD 0.9"], facts),
-            _wide(where, found, facts),
-            _tuned(where, found, chosen, facts),
+            _large(lab, where, setting, grids, found, chosen["SGD 0.9"], facts),
+            _wide(where, setting, found, facts),
+            _tuned(where, setting, found, chosen, facts),
         ]
-    return Program("ahb", lab.size, rows, facts)
+    return Program("ahb", lab.size.name, rows, facts)
 
 
 def _grid(lab: Lab, method: str, given: Mapping[str, object]) -> list[Setting]:
@@ -92,7 +93,13 @@ Found = Mapping[str, Sequence[Sequence[float]]]
 
 
 def _large(
-    lab: Lab, where: str, grids: Mapping[str, list[Setting]], found: Found, tuned: int, facts: list[str]
+    lab: Lab,
+    where: str,
+    setting: str,
+    grids: Mapping[str, list[Setting]],
+    found: Found,
+    tuned: int,
+    facts: list[str],
 ) -> Row:
     large = min(tuned + 3, len(RUNGS) - 1)
     ours = grids["AHB"][large]
@@ -107,18 +114,19 @@ def _large(
     listed = {"AHB": values} | {name: other for name, (_, other) in others.items()}
     facts.append(f"At learning rate {ours.lr:g}, {where}, measured match {matched.lr:.3g}: {means('percent', listed)}")
     claim = f"AHB bears ten times SGD 0.9's learning rate, {where}"
-    return Row(claim, "accuracy at the end", "points", versus(values, others))
+    return Row(claim, setting, "accuracy at the end", "points", versus(values, others))
 
 
-def _wide(where: str, found: Found, facts: list[str]) -> Row:
+def _wide(where: str, setting: str, found: Found, facts: list[str]) -> Row:
     widths = {name: [width(accuracies) for accuracies in zip(*table, strict=True)] for name, table in found.items()}
     facts.append(f"Decades within {WITHIN:g} points of the best, {where}: {means('decades', widths)}")
     others = {"SGD 0.9": ("baseline", widths["SGD 0.9"]), "plain SGD": ("control", widths["plain SGD"])}
     claim = f"AHB has a wider range of good learning rates, {where}"
-    return Row(claim, f"decades within {WITHIN:g} points of its best", "decades", versus(widths["AHB"], others))
+    figure = f"decades within {WITHIN:g} points of its best"
+    return Row(claim, setting, figure, "decades", versus(widths["AHB"], others))
 
 
-def _tuned(where: str, found: Found, chosen: Mapping[str, int], facts: list[str]) -> Row:
+def _tuned(where: str, setting: str, found: Found, chosen: Mapping[str, int], facts: list[str]) -> Row:
     values = {name: found[name][index] for name, index in chosen.items()}
     facts.append(f"Tuned, {where}: {means('percent', values)}")
     others = {
@@ -127,7 +135,7 @@ def _tuned(where: str, found: Found, chosen: Mapping[str, int], facts: list[str]
         "SGD 0.9 at AHB's learning rate": ("untuned", found["SGD 0.9"][chosen["AHB"]]),
     }
     claim = f"AHB generalises better, each at its own learning rate, {where}"
-    return Row(claim, "accuracy at the end", "points", versus(values["AHB"], others))
+    return Row(claim, setting, "accuracy at the end", "points", versus(values["AHB"], others))
 
 
 if __name__ == "__main__":

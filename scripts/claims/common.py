@@ -89,6 +89,11 @@ class Size:
     most: int
     every: int
 
+    @property
+    def words(self) -> str:
+        """What is trained, for how long."""
+        return f"{self.task}, {self.model}, {self.steps} steps of {self.batch}"
+
     def setting(self, method: str, lr: float, **others: Any) -> Setting:
         """A setting of this size; `others` are further fields, or options of the optimizer."""
         fields = Setting.__dataclass_fields__
@@ -144,19 +149,24 @@ def rotated(images: Tensor, degrees: float) -> Tensor:
     return functional.grid_sample(images, grid, align_corners=False)
 
 
-def split(known: Examples, sizes: Sequence[int], seed: int, others: Mapping[str, Examples] | None = None) -> Data:
-    """Cut `known` into training, validation and test by `seed`; the test images are corrupted for the shifted sets."""
-    generator = torch.Generator().manual_seed(seed)
+def parts(known: Examples, sizes: Sequence[int], generator: torch.Generator) -> list[Examples]:
+    """Disjoint parts of so many examples, drawn at random."""
     order = torch.randperm(len(known[1]), generator=generator)[: sum(sizes)]
-    train, validation, test = ((known[0][part], known[1][part]) for part in order.split(list(sizes)))
-    corrupted = {name: (shift(test[0], generator), test[1]) for name, shift in SHIFTS.items()}
-    return Data(train, validation, test, {**(others or {}), **corrupted})
+    return [(known[0][part], known[1][part]) for part in order.split(list(sizes))]
+
+
+def corrupted(test: Examples, generator: torch.Generator) -> dict[str, Examples]:
+    """The test images under each of SHIFTS."""
+    return {name: (shift(test[0], generator), test[1]) for name, shift in SHIFTS.items()}
 
 
 def digits(seed: int) -> Data:
     """scikit-learn's 1797 digits of 8 x 8 pixels. They lie writer by writer: the last 600 are shifted, `writers`."""
     images, labels = digit_images()
-    return split((images[:1197], labels[:1197]), (600, 250, 347), seed, {"writers": (images[1197:], labels[1197:])})
+    generator = torch.Generator().manual_seed(seed)
+    train, validation, test = parts((images[:1197], labels[:1197]), (600, 250, 347), generator)
+    writers = {"writers": (images[1197:], labels[1197:])}
+    return Data(train, validation, test, writers | corrupted(test, generator))
 
 
 @cache
@@ -173,11 +183,10 @@ def digit_images() -> Examples:
 def cifar10(seed: int) -> Data:
     """CIFAR-10 from the Hub: 45000 for training and 5000 for validation, by seed; its own 10000 for the test."""
     train, test = hub_images("uoft-cs/cifar10", "train"), hub_images("uoft-cs/cifar10", "test")
-    count = len(train[1])
-    cut = split(train, (count * 9 // 10, count // 10, 0), seed)
+    tenth = len(train[1]) // 10
     generator = torch.Generator().manual_seed(seed)
-    shifted = {name: (shift(test[0], generator), test[1]) for name, shift in SHIFTS.items()}
-    return Data(cut.train, cut.validation, test, shifted)
+    kept, validation = parts(train, (9 * tenth, tenth), generator)
+    return Data(kept, validation, test, corrupted(test, generator))
 
 
 @cache
@@ -246,9 +255,7 @@ def cnn() -> nn.Module:
 
 def mlp() -> nn.Module:
     """Two hidden layers for digits: 9 thousand weights."""
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
-    )
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 MODELS: Mapping[str, Callable[[], nn.Module]] = {"cnn": cnn, "mlp": mlp, "resnet18": resnet18}

@@ -68,7 +68,7 @@ def program(lab: Lab) -> Program:
         others |= _matched(best[method]) | {f"{SGD} at the same learning rate": ("untuned", _constant(best[method]))}
         claim = f"The {method} law reaches the {name} sooner than constant 0.9 and other laws, all tuned"
         rows.append(_row(lab, claim, method, best[method], others, level, facts))
-    return Program("critical", lab.size, rows, facts)
+    return Program("critical", lab.size.name, rows, facts)
 
 
 Opponents = dict[str, tuple[Role, Setting]]
@@ -87,9 +87,7 @@ def _matched(setting: Setting) -> Opponents:
     }
 
 
-def _row(
-    lab: Lab, claim: str, method: str, setting: Setting, others: Opponents, level: float, facts: list[str]
-) -> Row:
+def _row(lab: Lab, claim: str, method: str, setting: Setting, others: Opponents, level: float, facts: list[str]) -> Row:
     runs = {name: lab.results(one) for name, (_, one) in {method: ("baseline", setting), **others}.items()}
     taken = {name: [steps_to(run["curve"], level, lab.size.steps, 2) for run in found] for name, found in runs.items()}
     never = {name: sum(max(e[2] for e in run["curve"]) < level for run in found) for name, found in runs.items()}
@@ -100,7 +98,7 @@ def _row(
     compared = versus(
         logs[method], {name: (role, logs[name]) for name, (role, _) in others.items()}, lower_is_better=True
     )
-    return Row(claim, "steps of the other over its own", "times", compared)
+    return Row(claim, lab.size.words, "steps of the other over its own", "times", compared)
 
 
 if __name__ == "__main__":

@@ -39,12 +39,14 @@ class Row:
 
     Attributes:
         claim: what is claimed, in words.
+        setting: on what it was measured, in words.
         figure: what is compared, in words.
         unit: of the differences; "times" for natural logarithms of ratios, which are shown as ratios.
         comparisons: none where it could not be tested.
     """
 
     claim: str
+    setting: str
     figure: str
     unit: str
     comparisons: tuple[Comparison, ...] = ()
@@ -116,7 +118,7 @@ def judged(rows: Sequence[Row]) -> list[list[Judged]]:
     """The comparisons of all rows of one program, with Holm's correction over all of them together.
 
     Example:
-        >>> row = Row("faster", "steps", "times", (Comparison("SGD", "baseline", (1.0, 1.1, 0.9, 1.0)),))
+        >>> row = Row("faster", "digits", "steps", "times", (Comparison("SGD", "baseline", (1.0, 1.1, 0.9, 1.0)),))
         >>> judged([row])[0][0].better
         True
     """
@@ -187,11 +189,11 @@ def from_data(data: dict[str, Any]) -> Row:
     """The row that `as_data` wrote.
 
     Example:
-        >>> row = Row("faster", "steps", "times", (Comparison("SGD", "baseline", (1.0, 1.1)),))
+        >>> row = Row("faster", "digits", "steps", "times", (Comparison("SGD", "baseline", (1.0, 1.1)),))
         >>> from_data(as_data(row)) == row
         True
     """
     comparisons = tuple(
         Comparison(one["opponent"], one["role"], tuple(one["differences"])) for one in data["comparisons"]
     )
-    return Row(data["claim"], data["figure"], data["unit"], comparisons)
+    return Row(data["claim"], data["setting"], data["figure"], data["unit"], comparisons)

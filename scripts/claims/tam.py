@@ -44,15 +44,17 @@ def program(lab: Lab) -> Program:
             f"{baseline} at {method}'s learning rate": ("untuned", lab.results(replace(theirs, lr=ours.lr))),
         }
         damping = [run["dynamics"]["damping"] for run in found]
-        facts.append(f"{method}: mean damping d {sum(damping) / len(damping):.3f}; matched {baseline}: {matched.lr:.4g}")
+        facts.append(
+            f"{method}: mean damping d {sum(damping) / len(damping):.3f}; matched {baseline}: {matched.lr:.4g}"
+        )
         for where, take in (("in distribution", in_distribution), ("under shift", under_shift)):
             values = [take(run, "accuracy") for run in found]
             others = {name: (role, [take(run, "accuracy") for run in runs]) for name, (role, runs) in opponents.items()}
             claim = f"{method} generalises better than {baseline} {where}"
-            rows.append(Row(claim, "accuracy at the end", "points", versus(values, others)))
+            rows.append(Row(claim, lab.size.words, "accuracy at the end", "points", versus(values, others)))
             listed = {method: values} | {name: other for name, (_, other) in others.items()}
             facts.append(f"Accuracy {where}: {means('percent', listed)}")
-    return Program("tam", lab.size, rows, facts)
+    return Program("tam", lab.size.name, rows, facts)
 
 
 if __name__ == "__main__":

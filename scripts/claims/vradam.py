@@ -31,7 +31,10 @@ def program(lab: Lab) -> Program:
         found = lab.results(ours)
         opponents = {
             "AdamW, tuned": ("baseline", lab.results(theirs)),
-            "AdamW at the matched effective learning rate": ("control", lab.results(replace(theirs, lr=ours.lr * gain))),
+            "AdamW at the matched effective learning rate": (
+                "control",
+                lab.results(replace(theirs, lr=ours.lr * gain)),
+            ),
             "AdamW at VRAdam's learning rate": ("untuned", lab.results(replace(theirs, lr=ours.lr))),
         }
         norms = [run["dynamics"]["momentum_norm"] for run in found]
@@ -40,10 +43,11 @@ def program(lab: Lab) -> Program:
             values = [take(run, "loss") for run in found]
             others = {name: (role, [take(run, "loss") for run in runs]) for name, (role, runs) in opponents.items()}
             claim = f"VRAdam reaches a lower test loss than AdamW {where}, {words}"
-            rows.append(Row(claim, "AdamW's loss minus VRAdam's", "nats", versus(values, others, lower_is_better=True)))
+            compared = versus(values, others, lower_is_better=True)
+            rows.append(Row(claim, lab.size.words, "AdamW's loss minus VRAdam's", "nats", compared))
             listed = {"VRAdam": values} | {name: other for name, (_, other) in others.items()}
             facts.append(f"Loss {where}, {words}: {means('nats', listed, 4)}")
-    return Program("vradam", lab.size, rows, facts)
+    return Program("vradam", lab.size.name, rows, facts)
 
 
 if __name__ == "__main__":
