@@ -52,11 +52,14 @@ def width(accuracies: Sequence[float]) -> float:
 def program(lab: Lab) -> Program:
     """Run the grids, select on the tuning seeds, and compare."""
     rows, facts = [], []
-    for regime, batch in (("minibatch", lab.size.batch), ("full batch", lab.size.large_batch)):
-        common = {"batch": batch, "model": "mlp" if lab.size.task == "digits" else lab.size.model}
+    for regime, batch, steps in (
+        ("minibatch", lab.size.batch, lab.size.steps),
+        ("full batch", lab.size.large_batch, lab.size.large_steps),
+    ):
+        common = {"batch": batch, "steps": steps, "model": "mlp" if lab.size.task == "digits" else lab.size.model}
         grids = {name: _grid(lab, method, {**options, **common}) for name, (method, options) in METHODS.items()}
         where = f"{regime} ({batch})"
-        setting = f"{lab.size.task}, {common['model']}, {lab.size.steps} steps of {batch}"
+        setting = f"{lab.size.task}, {common['model']}, {steps} steps of {batch}"
         found = {name: [_accuracies(lab, setting) for setting in grid] for name, grid in grids.items()}
         for name, table in found.items():
             by_rate = ", ".join(f"{s.lr:g}: {statistics.fmean(a):.1f}" for s, a in zip(grids[name], table, strict=True))

@@ -1,4 +1,4 @@
-"""Bloop's fronts against those of the mixture, PCGrad and replay (arXiv 2402.02998), from `hf-momentum pareto`'s report.
+"""Bloop's fronts against those of the mixture, PCGrad and replay (arXiv 2402.02998), from `hf-momentum pareto`.
 
     python scripts/claims/bloop.py
 

@@ -1,7 +1,7 @@
 """Shared by the programs of this folder: data, models, the training loop, tuning, and records of what was run.
 
 A run is wholly described by a `Setting`. Its result is kept in a file of JSON lines under a digest of the setting, so a
-program that was stopped repeats only the runs that had not finished. Seeds of the tuning are never seeds of the figures.
+program that was stopped repeats only the runs that had not finished. Seeds of the tuning are not seeds of the figures.
 """
 
 import argparse
@@ -83,6 +83,7 @@ class Size:
     steps: int
     batch: int
     large_batch: int
+    large_steps: int
     tuning_seeds: int
     seeds: int
     trials: int
@@ -104,8 +105,8 @@ class Size:
 
 
 SIZES = {
-    "small": Size("small", "digits", "cnn", 400, 32, 600, 4, 20, 7, 14, 8),
-    "gpu": Size("gpu", "cifar10", "resnet18", 12_000, 128, 4096, 2, 5, 7, 14, 200),
+    "small": Size("small", "digits", "cnn", 400, 32, 600, 400, 4, 20, 7, 14, 8),
+    "gpu": Size("gpu", "cifar10", "resnet18", 6_000, 128, 4096, 1_500, 2, 5, 7, 14, 100),
 }
 
 

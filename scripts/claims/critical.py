@@ -4,7 +4,7 @@
     python scripts/claims/critical.py --size gpu   CIFAR-10 and ResNet-18
 
 The paper's levels are 90 % and 95 % on CIFAR-10, where its model ends at an error of about 5 %: twice the final error,
-and little more than it. Here they are `EARLY` and `LATE` times the final validation error of a tuned constant 0.9. A run
+and little more than it. Here they are EARLY and LATE times the final validation error of a tuned constant 0.9. A run
 that never gets there counts with all its steps. Accuracy is measured on the way, every `every` steps.
 
 First as published, at learning rate 0.1 for all, with the two controls of equal effective rate; then everything tuned
@@ -19,7 +19,7 @@ from typing import Any
 
 from common import Lab, Setting, arguments, laboratory, tuning_facts
 from page import Program, keep
-from rows import Row, Role, means, versus
+from rows import Role, Row, means, versus
 
 PUBLISHED = 0.1  # the learning rate of the paper
 EARLY, LATE = 2.0, 1.2
@@ -29,7 +29,7 @@ LAWS = {"critical": "critical", "hybrid": "hybrid", SGD: None, "one-cycle": "one
 
 
 def steps_to(curve: list[list[float]], level: float, steps: int, column: int) -> int:
-    """The first measured step whose accuracy is at least `level`; all of them if none is. Column 1: validation, 2: test.
+    """The first measured step with an accuracy of at least `level`; all of them if none has. Column 1: validation.
 
     Example:
         >>> steps_to([[10, 0.5, 0.4], [20, 0.9, 0.8]], 0.8, 100, 1), steps_to([[10, 0.5, 0.4]], 0.8, 100, 2)

@@ -1,7 +1,7 @@
 """Rows of docs/claims.md as plain data, and the verdict as a pure function of their numbers.
 
-A row is one claim in one setting. Its figures are differences, seed by seed, between the method and something else, with
-the sign turned so that above 0 is what the claim says. That something is one of
+A row is one claim in one setting. Its figures are differences, seed by seed, between the method and something else,
+with the sign turned so that above 0 is what the claim says. That something is one of
 
     baseline    what the paper compares with, tuned with the same budget
     control     a run that has all of the method but its idea: a frozen gate, a matched effective learning rate
@@ -134,9 +134,10 @@ def verdict(comparisons: Sequence[Judged]) -> str:
     """What the numbers allow to say.
 
     - holds: significantly better than every baseline and every control, of which there is at least one.
-    - holds only against the untuned baseline: that, and not all of the others.
+    - holds only against the untuned baseline: better than that one, but not than all baselines; or, where there is none
+      of those, than all controls.
     - does not hold: significantly worse than one of the baselines or controls (without any: than the untuned).
-    - no significant difference: none of these.
+    - no significant difference: none of these; `unbeaten` says to what.
     - not tested at the paper's scale: there are no numbers.
 
     Example:
@@ -152,11 +153,23 @@ def verdict(comparisons: Sequence[Judged]) -> str:
         return NOT_TESTED
     if fair and all(one.better for one in fair):
         return HOLDS
-    if untuned and all(one.better for one in untuned):
+    baselines = [one for one in comparisons if one.role == "baseline"]
+    tuned_beaten = bool(baselines) and all(one.better for one in baselines)
+    if untuned and all(one.better for one in untuned) and not tuned_beaten:
         return ONLY_UNTUNED
     if any(one.worse for one in fair or untuned):
         return DOES_NOT_HOLD
     return NO_DIFFERENCE
+
+
+def unbeaten(comparisons: Sequence[Judged]) -> list[str]:
+    """The baselines and controls that the method is not significantly better than.
+
+    Example:
+        >>> unbeaten([Judged("AdamW", "baseline", Interval(1.0, 0.5, 1.5), 0.2)])
+        ['AdamW']
+    """
+    return [one.opponent for one in comparisons if one.role != "untuned" and not one.better]
 
 
 def shown(one: Judged, unit: str) -> str:

@@ -3,8 +3,8 @@
     python scripts/claims/vradam.py              digits, some minutes on one core
     python scripts/claims/vradam.py --size gpu   CIFAR-10 and ResNet-18
 
-Both are tuned with equal budgets, with and without clipping. AdamW at VRAdam's effective learning rate is VRAdam without
-the gate's variation, and so the control. beta3 = 1 and alpha1 = 10 as published; weight decay 0.01 in all.
+Both are tuned with equal budgets, with and without clipping. AdamW at VRAdam's effective learning rate is VRAdam with
+its gate held still, and so the control. beta3 = 1 and alpha1 = 10 as published; weight decay 0.01 in all.
 """
 
 from dataclasses import replace

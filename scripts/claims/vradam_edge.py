@@ -3,9 +3,10 @@
     python scripts/claims/vradam_edge.py              500 digits, some minutes on one core
     python scripts/claims/vradam_edge.py --size gpu   5000 images of CIFAR-10
 
-Full batch, constant learning rate, squared error, a tanh network, float64. Measured along the way: the sharpness, which is
-the top eigenvalue of the Hessian H, and the preconditioned sharpness, that of P^(-1/2) H P^(-1/2) with Adam's
-P = diag(sqrt(v_hat) + eps). Adam with b1 = 0.9 is stable below 38 / lr of the latter (Cohen et al. 2022, arXiv 2207.14484).
+Full batch, constant learning rate, squared error, a tanh network, float64. Measured along the way: the sharpness, which
+is the top eigenvalue of the Hessian H, and the preconditioned sharpness, that of P^(-1/2) H P^(-1/2) with Adam's
+P = diag(sqrt(v_hat) + eps). Adam with b1 = 0.9 is stable while the latter is below 38 / lr (Cohen et al. 2022, arXiv
+2207.14484).
 
 VRAdam runs with beta3 = 1 as published, and with beta3 = 1 / |m|^2 from a run without a gate, which makes the gate act.
 """
