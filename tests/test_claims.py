@@ -16,7 +16,7 @@ from hf_momentum.evaluation.intervals import Interval
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "scripts" / "claims"
-NAMES = ("rows", "common", "page", "tam", "vradam", "ahb", "critical", "vradam_edge", "bloop")
+NAMES = ("rows", "common", "pictures", "page", "tam", "vradam", "ahb", "critical", "vradam_edge", "bloop")
 
 
 @pytest.fixture(scope="module")
@@ -243,9 +243,25 @@ def test_ahb(programs, lab, tmp_path, monkeypatch):
     check(programs, programs["ahb"].program(lab), tmp_path)
 
 
+def test_a_method_that_does_not_learn_is_found_out(programs, common, lab, monkeypatch):
+    class Idle(common.TAM):
+        def step(self, closure=None):
+            kept = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+            super().step(closure)
+            with torch.no_grad():
+                torch._foreach_copy_([p for group in self.param_groups for p in group["params"]], kept)
+
+    lab.size = replace(lab.size, steps=30, seeds=4)
+    monkeypatch.setitem(common.METHODS, "tam", Idle)
+    rows = programs["tam"].program(lab).rows
+    verdicts = [programs["rows"].verdict(compared) for compared in programs["rows"].judged(rows)]
+    assert verdicts[0] == "does not hold"
+    assert [one.better for one in programs["rows"].judged(rows)[0]] == [False] * 4
+
+
 def test_vradam_edge(programs, lab, tmp_path, monkeypatch):
     edge = programs["vradam_edge"]
-    monkeypatch.setitem(edge.EDGES, "small", edge.Edge("digits", 20, 4, 0.003, None, 4, 2))
+    monkeypatch.setitem(edge.EDGES, "small", edge.Edge("digits", 20, 4, 0.003, None, 4, 4))
     monkeypatch.setattr(edge, "PICTURE", tmp_path / "edge.png")
     check(programs, edge.program(lab, edge.EDGES["small"]), tmp_path)
     assert (tmp_path / "edge.png").stat().st_size > 1000
@@ -312,6 +328,7 @@ def test_the_large_size_runs_on_images_of_the_hub(common, monkeypatch, tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", tiny_hub)
     common.hub_images.cache_clear()
     common._data.cache_clear()
+    monkeypatch.setitem(common.MODELS, "resnet18", lambda: common.resnet18(width=8))
     size = replace(common.SIZES["gpu"], steps=2, batch=4)
     result = common.train(size.setting("tam", 0.01, every=1))
     common.hub_images.cache_clear()

@@ -12,12 +12,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from common import Lab, Setting, arguments, in_distribution, laboratory, validation_loss
+from common import ROOT, Lab, Setting, arguments, in_distribution, laboratory, validation_loss
 from page import Program, keep
+from pictures import Panel, draw
 from rows import Row, means, versus
 
 from hf_momentum.evaluation.tuning import best, rung
 
+PICTURE = ROOT / "docs" / "images" / "claims_ahb.png"
 RUNGS = range(-9, 6)  # learning rates 10^(-3) to 10^(5/3)
 WITHIN = 2.0  # points of accuracy below an optimizer's best that count as being as good
 METHODS = {"AHB": ("ahb", {}), "SGD 0.9": ("sgd", {"momentum": 0.9}), "plain SGD": ("sgd", {})}
@@ -51,7 +53,7 @@ def width(accuracies: Sequence[float]) -> float:
 
 def program(lab: Lab) -> Program:
     """Run the grids, select on the tuning seeds, and compare."""
-    rows, facts = [], []
+    rows, facts, panels = [], [], []
     for regime, batch, steps in (
         ("minibatch", lab.size.batch, lab.size.steps),
         ("full batch", lab.size.large_batch, lab.size.large_steps),
@@ -64,6 +66,7 @@ def program(lab: Lab) -> Program:
         for name, table in found.items():
             by_rate = ", ".join(f"{s.lr:g}: {statistics.fmean(a):.1f}" for s, a in zip(grids[name], table, strict=True))
             facts.append(f"Accuracy of {name} by learning rate, {where}: {by_rate}")
+        panels.append(_panel(where, grids, found))
         chosen = {name: _selected(lab, grid) for name, grid in grids.items()}
         facts.append(f"Selected, {where}: " + ", ".join(f"{name} {grids[name][i].lr:g}" for name, i in chosen.items()))
         facts += [f"{name}, {where}: the selected one is AT AN END" for name, i in chosen.items() if _at_end(i)]
@@ -72,6 +75,8 @@ def program(lab: Lab) -> Program:
             _wide(where, setting, found, facts),
             _tuned(where, setting, found, chosen, facts),
         ]
+    if lab.size.name == "small":
+        draw(panels, PICTURE)
     return Program("ahb", lab.size.name, rows, facts)
 
 
@@ -88,11 +93,19 @@ def _selected(lab: Lab, grid: Sequence[Setting]) -> int:
     return [s.lr for s in grid].index(best(losses) or grid[0].lr)
 
 
+Found = Mapping[str, Sequence[Sequence[float]]]
+
+
 def _at_end(index: int) -> bool:
     return index in (0, len(RUNGS) - 1)
 
 
-Found = Mapping[str, Sequence[Sequence[float]]]
+def _panel(where: str, grids: Mapping[str, list[Setting]], found: Found) -> Panel:
+    rates = [setting.lr for setting in grids["AHB"]]
+    means_by_name = {name: [statistics.fmean(accuracies) for accuracies in table] for name, table in found.items()}
+    series = {name: (rates, values) for name, values in means_by_name.items()}
+    series["SGD 0.9 at a tenth of it"] = (rates[3:], means_by_name["SGD 0.9"][:-3])
+    return Panel(where, "learning rate", "test accuracy (%)", series, log_x=True)
 
 
 def _large(

@@ -17,10 +17,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from common import Lab, Setting, arguments, laboratory, tuning_facts
+from common import ROOT, Lab, Setting, arguments, laboratory, tuning_facts
 from page import Program, keep
+from pictures import Panel, draw
 from rows import Role, Row, means, versus
 
+PICTURE = ROOT / "docs" / "images" / "claims_critical.png"
 PUBLISHED = 0.1  # the learning rate of the paper
 EARLY, LATE = 2.0, 1.2
 SGD = "SGD 0.9"
@@ -48,7 +50,7 @@ def program(lab: Lab) -> Program:
     final = lab.tuning_results(replace(candidates[SGD], lr=constant.lr))
     error = statistics.fmean(1 - run["scores"]["validation"]["accuracy"] for run in final)
     facts = [f"Final validation error of {SGD}, tuned for validation loss (lr {constant.lr:g}): {100 * error:.2f} %"]
-    rows = []
+    rows, panels = [], []
     for method, words, factor in (("critical", "early", EARLY), ("hybrid", "late", LATE)):
         level = 1 - factor * error
 
@@ -63,11 +65,14 @@ def program(lab: Lab) -> Program:
         name = f"{words} level ({100 * level:.1f} %)"
         claim = f"The {method} law reaches the {name} sooner than constant 0.9, at learning rate {PUBLISHED:g}"
         rows.append(_row(lab, claim, method, published, others, level, facts))
+        panels.append(_panel(lab, f"{method}, {name}", {method: ("baseline", published)} | others, level))
         rivals = [other for other in best if other != method and (method, other) != ("critical", "hybrid")]
         others = {f"{other}, tuned": ("baseline", best[other]) for other in rivals}
         others |= _matched(best[method]) | {f"{SGD} at the same learning rate": ("untuned", _constant(best[method]))}
         claim = f"The {method} law reaches the {name} sooner than constant 0.9 and other laws, all tuned"
         rows.append(_row(lab, claim, method, best[method], others, level, facts))
+    if lab.size.name == "small":
+        draw(panels, PICTURE)
     return Program("critical", lab.size.name, rows, facts)
 
 
@@ -85,6 +90,16 @@ def _matched(setting: Setting) -> Opponents:
         "constant 0.9 with 0.05 √lr(t)": ("control", replace(constant, root=0.05)),
         "no momentum with √lr(t) / 2": ("control", replace(constant, root=0.5, options={})),
     }
+
+
+def _panel(lab: Lab, title: str, settings: Opponents, level: float) -> Panel:
+    series = {}
+    for name, (_, setting) in settings.items():
+        curves = [run["curve"] for run in lab.results(setting)]
+        accuracies = [100 * statistics.fmean(entry[2] for entry in at) for at in zip(*curves, strict=True)]
+        series[name] = ([entry[0] for entry in curves[0]], accuracies)
+    bounds = (100 * level - 15, 100.0)
+    return Panel(title, "step", "test accuracy (%)", series, level=100 * level, y_limits=bounds)
 
 
 def _row(lab: Lab, claim: str, method: str, setting: Setting, others: Opponents, level: float, facts: list[str]) -> Row:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from common import METHODS, ROOT, TASKS, Lab, arguments, laboratory
 from page import Program, keep
+from pictures import Panel, draw
 from rows import Row, means, versus
 from torch import Tensor, nn
 from torch.nn import functional
@@ -166,7 +167,7 @@ def program(lab: Lab, edge: Edge) -> Program:
         late = {key: [settled(one, 1) for one in found] for key, found in values.items()}
         facts.append(f"Training loss there, {words}: {means('', late, 5)}")
     if edge == EDGES["small"]:
-        draw(drawn)
+        draw(panels(drawn), PICTURE)
     return Program("vradam_edge", lab.size.name, rows, facts)
 
 
@@ -174,27 +175,20 @@ def _late(results: Sequence[dict[str, Any]], column: int) -> float:
     return statistics.fmean(settled(one, column) for one in results)
 
 
-def draw(runs: dict[str, tuple[list[dict[str, Any]], float]]) -> None:
+def panels(runs: dict[str, tuple[list[dict[str, Any]], float]]) -> list[Panel]:
     """Both sharpnesses over the steps, geometric means over seeds; the second over its threshold at the nominal lr."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
-    styles = (("#0072B2", "-"), ("#E69F00", "-"), ("#E69F00", ":"), ("#009E73", "-"), ("#009E73", ":"))
-    for axes, column in zip(figure.subplots(1, 2), (2, 3), strict=True):
-        for (name, (results, lr)), (colour, line) in zip(runs.items(), styles, strict=True):
+    found = []
+    for column, title in ((2, "sharpness"), (3, "preconditioned sharpness over 38 / lr")):
+        series = {}
+        for name, (results, lr) in runs.items():
             tables = [result["table"] for result in results]
-            steps = [entry[0] for entry in tables[0]]
             logs = [[math.log(max(entry[column], 1e-12)) for entry in at] for at in zip(*tables, strict=True)]
             scale = 1.0 if column == 2 else lr / THRESHOLD
-            values = [scale * math.exp(statistics.fmean(found)) for found in logs]
-            axes.plot(steps, values, color=colour, linestyle=line, label=name)
-        axes.set_yscale("log")
-        axes.set_xlabel("step")
-        axes.set_ylabel("sharpness" if column == 2 else "preconditioned sharpness over 38 / lr")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[1].axhline(1.0, color="black", linewidth=0.8, linestyle="--")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-    figure.savefig(PICTURE, dpi=120)
+            values = [scale * math.exp(statistics.fmean(at)) for at in logs]
+            series[name] = ([entry[0] for entry in tables[0]], values)
+        level = 1.0 if column == 3 else None
+        found.append(Panel(title, "step", title, series, log_y=True, level=level))
+    return found
 
 
 if __name__ == "__main__":
