@@ -445,6 +445,11 @@ class Lab:
     def __init__(self, size: Size, records: Records, device: str = "cpu", say: Callable[[str], None] = print) -> None:
         self.size, self.records, self.device, self.say = size, records, device, say
 
+    def fewer(self, seeds: int) -> "Lab":
+        """The same with at most so many seeds of the figures, for programs with many settings or long runs."""
+        size = replace(self.size, seeds=min(seeds, self.size.seeds))
+        return Lab(size, self.records, self.device, self.say)
+
     def result(self, setting: Setting) -> dict[str, Any]:
         """One run, or what an earlier one left."""
         return self.records.kept(asdict(setting), lambda: train(setting, self.device))

@@ -128,8 +128,10 @@ def settled(result: dict[str, Any], column: int) -> float:
 def program(lab: Lab, edge: Edge) -> Program:
     """AdamW, VRAdam without a gate, with both gates, and AdamW at each gate's effective learning rate."""
 
+    lab = lab.fewer(SEEDS)
+
     def results(one: Edge) -> list[dict[str, Any]]:
-        settings = [replace(one, seed=seed) for seed in range(min(SEEDS, lab.size.seeds))]
+        settings = [replace(one, seed=seed) for seed in range(lab.size.seeds)]
         lab.say(f"lr {one.lr:.4g}, beta3 {one.beta3}")
         return [lab.records.kept({"edge": asdict(s)}, lambda s=s: run(s, lab.device)) for s in settings]
 
