@@ -66,11 +66,15 @@ def program(lab: Lab) -> Program:
         setting = f"{lab.size.task}, {common['model']}, {steps} steps of {batch}"
         found = {name: [_accuracies(lab, setting) for setting in grid] for name, grid in grids.items()}
         for name, table in found.items():
-            by_rate = ", ".join(f"{s.lr:g}: {statistics.fmean(a):.1f}" for s, a in zip(grids[name], table, strict=True))
+            by_rate = ", ".join(
+                f"{s.lr:.3g}: {statistics.fmean(a):.1f}" for s, a in zip(grids[name], table, strict=True)
+            )
             facts.append(f"Accuracy of {name} by learning rate, {where}: {by_rate}")
         panels.append(_panel(where, grids, found))
         chosen = {name: _selected(lab, grid) for name, grid in grids.items()}
-        facts.append(f"Selected, {where}: " + ", ".join(f"{name} {grids[name][i].lr:g}" for name, i in chosen.items()))
+        facts.append(
+            f"Selected, {where}: " + ", ".join(f"{name} {grids[name][i].lr:.3g}" for name, i in chosen.items())
+        )
         facts += [f"{name}, {where}: the selected one is AT AN END" for name, i in chosen.items() if _at_end(i)]
         rows += [
             _large(lab, where, setting, grids, found, chosen["SGD 0.9"], facts),
@@ -130,7 +134,9 @@ def _large(
         "SGD 0.9 at the same": ("untuned", found["SGD 0.9"][large]),
     }
     listed = {"AHB": values} | {name: other for name, (_, other) in others.items()}
-    facts.append(f"At learning rate {ours.lr:g}, {where}, measured match {matched.lr:.3g}: {means('percent', listed)}")
+    facts.append(
+        f"At learning rate {ours.lr:.3g}, {where}, measured match {matched.lr:.3g}: {means('percent', listed)}"
+    )
     claim = f"AHB bears ten times SGD 0.9's learning rate, {where}"
     return Row(claim, setting, "accuracy at the end", "points", versus(values, others))
 
