@@ -133,10 +133,11 @@ def _judged(one: Comparison, adjusted: Iterator[float]) -> Judged:
 def verdict(comparisons: Sequence[Judged]) -> str:
     """What the numbers allow to say.
 
-    - holds: significantly better than every baseline and every control, of which there is at least one.
+    - holds: significantly better than every baseline and every control, of which there is at least one, and not worse
+      than the untuned baseline.
     - holds only against the untuned baseline: better than that one, but not than all baselines; or, where there is none
       of those, than all controls.
-    - does not hold: significantly worse than one of the baselines or controls (without any: than the untuned).
+    - does not hold: none of these, and significantly worse than one of them.
     - no significant difference: none of these; `unbeaten` says to what.
     - not tested at the paper's scale: there are no numbers.
 
@@ -147,19 +148,17 @@ def verdict(comparisons: Sequence[Judged]) -> str:
         >>> verdict([Judged("AdamW", "baseline", better, 0.01), Judged("frozen", "control", better, 0.2)])
         'no significant difference'
     """
-    fair = [one for one in comparisons if one.role != "untuned"]
-    untuned = [one for one in comparisons if one.role == "untuned"]
     if not comparisons:
         return NOT_TESTED
-    if fair and all(one.better for one in fair):
+    by_role = {role: [one for one in comparisons if one.role == role] for role in ("baseline", "control", "untuned")}
+    beaten = {role: bool(found) and all(one.better for one in found) for role, found in by_role.items()}
+    worse = any(one.worse for one in comparisons)
+    fair = by_role["baseline"] + by_role["control"]
+    if fair and all(one.better for one in fair) and not worse:
         return HOLDS
-    baselines = [one for one in comparisons if one.role == "baseline"]
-    tuned_beaten = bool(baselines) and all(one.better for one in baselines)
-    if untuned and all(one.better for one in untuned) and not tuned_beaten:
+    if beaten["untuned"] and not beaten["baseline"]:
         return ONLY_UNTUNED
-    if any(one.worse for one in fair or untuned):
-        return DOES_NOT_HOLD
-    return NO_DIFFERENCE
+    return DOES_NOT_HOLD if worse else NO_DIFFERENCE
 
 
 def unbeaten(comparisons: Sequence[Judged]) -> list[str]:
