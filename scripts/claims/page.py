@@ -103,12 +103,14 @@ ABOUT: Mapping[str, About] = {
         "Squared error, a tanh network of two hidden layers, float64, constant learning rate, chosen because AdamW "
         "reaches the edge with it; no weight decay. The figure is the mean over the last quarter of the steps. Adam "
         "is stable while its preconditioned sharpness is below 38 / lr (Cohen et al. 2022, arXiv 2207.14484). β₃ = 1 "
-        "/ |m|² takes |m|² from the second half of runs without a gate.",
+        "/ |m|² takes |m|² from runs without a gate: from their steps 50 to 100 (early) or their second half (late). "
+        "Early was added when late was found to brake fully throughout: a braked run learns slowly and keeps a large "
+        "m.",
         "networks of the size of a ResNet",
         (
             "claims_vradam_edge.png",
             "Sharpness, and preconditioned sharpness over 38 divided by the nominal learning rate, over the steps of "
-            "AdamW, VRAdam with two gates, and AdamW at their effective learning rates",
+            "AdamW, VRAdam with three gates, and AdamW at their effective learning rates",
         ),
     ),
     "bloop": About(
