@@ -231,7 +231,12 @@ def check(programs, program, tmp_path, seeds=2):
         assert row.seeds == seeds
         assert all(math.isfinite(value) for one in row.comparisons for value in one.differences)
     text = path.with_suffix(".md").read_text(encoding="utf-8")
-    assert all(f"| {row.claim} | {row.setting} | {seeds} | **" in text for row in program.rows)
+    for row in program.rows:
+        claim = programs["page"].escaped(row.claim)
+        assert f"| {claim} | {row.setting} | {seeds} | **" in text
+        assert f"| {claim}<br>({row.setting}) | {row.figure} | " in text
+    tables = [line.replace("\\|", "") for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in tables} == {6}
     assert "**not tested at the paper's scale**" in text
 
 
@@ -263,7 +268,7 @@ def test_a_method_that_does_not_learn_is_found_out(programs, common, lab, monkey
 
 def test_vradam_edge(programs, lab, tmp_path, monkeypatch):
     edge = programs["vradam_edge"]
-    monkeypatch.setitem(edge.EDGES, "small", edge.Edge("digits", 20, 4, 0.003, None, 4, 4))
+    monkeypatch.setitem(edge.EDGES, "small", edge.Edge("digits", 20, 4, 0.003, None, 10, 10))
     monkeypatch.setattr(edge, "PICTURE", tmp_path / "edge.png")
     check(programs, edge.program(lab, edge.EDGES["small"]), tmp_path)
     assert (tmp_path / "edge.png").stat().st_size > 1000

@@ -179,8 +179,9 @@ def page(data: Mapping[str, Any]) -> str:
                 said = f"**{verdict(compared)}**"
                 missed = unbeaten(compared)
                 cells = f"{row.figure} | {_cell(row, compared)} | {row.seeds} | {said}"
-                tables.append(f"| {row.claim}<br>({row.setting}) | {cells} |")
-                summary.append(f"| {row.claim} | {row.setting} | {row.seeds} | {said} | {'; '.join(missed)} |")
+                claim = escaped(row.claim)
+                tables.append(f"| {claim}<br>({row.setting}) | {cells} |")
+                summary.append(f"| {claim} | {row.setting} | {row.seeds} | {said} | {'; '.join(missed)} |")
             facts += found["facts"]
         untested = Row(f"The same where the paper measured: {about.paper_scale}", "", "", "")
         said = f"**{verdict(judged([untested])[0])}**"
@@ -189,6 +190,16 @@ def page(data: Mapping[str, Any]) -> str:
         sections += [f"## {about.title}", "", f"**Claimed.** {about.claimed}", "", f"**Run.** {about.setting}", ""]
         sections += [*tables, "", *picture, *(f"- {fact}" for fact in facts), ""]
     return "\n".join([INTRODUCTION, *summary, "", *sections]).rstrip() + "\n"
+
+
+def escaped(text: str) -> str:
+    """Fit for a cell of a table.
+
+    Example:
+        >>> print(escaped("1 / |m|"))
+        1 / \\|m\\|
+    """
+    return text.replace("|", "\\|")
 
 
 def _cell(row: Row, compared: Sequence[Judged]) -> str:

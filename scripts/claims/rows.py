@@ -111,7 +111,7 @@ def means(unit: str, values: Mapping[str, Sequence[float]], digits: int = 2) -> 
         'TAM 97.50, SGD 97.00 percent'
     """
     shown_means = (f"{name} {sum(found) / len(found):.{digits}f}" for name, found in values.items())
-    return f"{', '.join(shown_means)} {unit}"
+    return f"{', '.join(shown_means)} {unit}".rstrip()
 
 
 def judged(rows: Sequence[Row]) -> list[list[Judged]]:
