@@ -5,7 +5,7 @@ import importlib
 import json
 import math
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -186,6 +186,22 @@ def test_gains_are_those_of_the_optimizer(common, tiny):
     assert common.train(tiny.setting("ahb", 1e-3, delta=1.0))["gain"] == pytest.approx(1.0)
 
 
+def test_records_tell_settings_apart_in_every_field(common, tiny, tmp_path):
+    records, base = common.Records(tmp_path / "runs.jsonl"), tiny.setting("sgd", 0.1)
+    changes = (
+        {},
+        {"seed": 1},
+        {"lr": 0.2},
+        {"options": {"momentum": 0.9}},
+        {"root": 0.5},
+        {"law": "demon"},
+        {"clip": 1.0},
+    )
+    for index, change in enumerate(changes):
+        setting = asdict(replace(base, **change))
+        assert records.kept(setting, lambda index=index: {"index": index}) == {"index": index}
+
+
 def test_without_scikit_learn_it_says_so(common, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
@@ -243,6 +259,37 @@ def check(programs, program, tmp_path, seeds=2):
 @pytest.mark.parametrize("name", ["tam", "vradam", "critical"])
 def test_program(programs, lab, tmp_path, name):
     check(programs, programs[name].program(lab), tmp_path)
+    kept = [json.loads(line) for line in lab.records.path.read_text(encoding="utf-8").splitlines()]
+    CONTROLS[name]([one["what"] for one in kept if one["what"]["seed"] < 1000], kept)
+
+
+def controls_of_tam(run, kept):
+    for method, baseline, unit in (("tam", "sgd", 10), ("adatamw", "adamw", 1)):
+        (lr,) = {one["lr"] for one in run if one["method"] == method}  # the frozen gate has the method's own rate
+        assert {one["options"].get("fixed_damping") for one in run if one["method"] == method} == {None, 0.5}
+        own = [one for one in kept if one["what"]["method"] == method and one["what"]["seed"] >= 1000]
+        (gain,) = [one["result"]["gain"] for one in own if one["what"]["lr"] == lr]
+        rates = {one["lr"] for one in run if one["method"] == baseline}
+        assert lr in rates and any(rate == pytest.approx(lr * gain / unit) for rate in rates)
+
+
+def controls_of_vradam(run, kept):
+    for clip in (None, 1.0):
+        (lr,) = {one["lr"] for one in run if (one["method"], one["clip"]) == ("vradam", clip)}
+        own = [one for one in kept if (one["what"]["method"], one["what"]["clip"]) == ("vradam", clip)]
+        (gain,) = [x["result"]["gain"] for x in own if x["what"]["lr"] == lr and x["what"]["seed"] >= 1000]
+        rates = {one["lr"] for one in run if (one["method"], one["clip"]) == ("adamw", clip)}
+        assert lr in rates and any(rate == pytest.approx(lr * gain) for rate in rates)
+
+
+def controls_of_critical(run, kept):
+    published = {(one["law"], one["root"], one["options"].get("momentum", 0)) for one in run if one["lr"] == 0.1}
+    assert published >= {("critical", None, 0.9), ("hybrid", None, 0.9), (None, None, 0.9)}
+    assert {(root, momentum) for _, root, momentum in published if root} == {(0.05, 0.9), (0.5, 0)}
+    assert {one["law"] for one in run} == {"critical", "hybrid", None, "onecycle", "demon"}
+
+
+CONTROLS = {"tam": controls_of_tam, "vradam": controls_of_vradam, "critical": controls_of_critical}
 
 
 def test_ahb(programs, lab, tmp_path, monkeypatch):
