@@ -53,8 +53,7 @@ bench-surgery: $(VENV)/base.stamp ## time and memory of a Bloop step on the CPU
 	$(OFFLINE) $(BIN)/python scripts/bench_surgery.py --memory plain mixed bloop
 
 # Finished runs are kept, so it may be stopped and started. The results go into docs/claims.md.
-claims: $(VENV)/base.stamp ## the papers' claims put to the test at a size for one CPU core (about an hour)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt scikit-learn
+claims: $(VENV)/dev.stamp ## the papers' claims put to the test at a size for one CPU core (about half an hour)
 	for claim in tam ahb critical vradam vradam_edge bloop; do \
 		OMP_NUM_THREADS=1 $(BIN)/python scripts/claims/$$claim.py || exit 1; done
 	$(BIN)/python scripts/claims/page.py
