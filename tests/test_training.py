@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from hf_momentum import InputError
@@ -67,6 +68,15 @@ def test_model_card_names_method_source_and_limits(finished):
     card = (finished / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers")
     assert "**TAM** (arXiv 2412.18790)" in card and "## Limits" in card
+
+
+def test_the_model_card_carries_the_results_as_the_hub_reads_them(finished):
+    loaded = ModelCard.load(finished / "README.md")
+    splits = json.loads((finished / "report.json").read_text())["splits"]
+    expected = {(s["name"], m): found["value"] for s in splits for m, found in s["after"].items()}
+    results = {(one.dataset_config, one.metric_type): one.metric_value for one in loaded.data.eval_results}
+    assert results == pytest.approx(expected, abs=1e-6)
+    assert all("/" not in one.dataset_type for one in loaded.data.eval_results), "no path of this machine"
 
 
 def test_the_saved_model_loads_without_this_package(finished):

@@ -1,8 +1,9 @@
 """The model card of a run: metadata for the Hub, and what a reader of the model should know."""
 
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
 from hf_momentum.evaluation import Report
 from hf_momentum.integrations import OPTIMIZERS
@@ -29,6 +30,8 @@ def model_card(report: Report, base_model: str | None, lora: bool, optimizer: st
     }
     if base_model is not None:
         metadata["base_model"] = base_model
+    if report.splits:
+        metadata |= {"model_name": report.title, "eval_results": _results(report)}
     parts = ["---", ModelCardData(**metadata).to_yaml().strip(), "---", "", f"# {report.title}", ""]
     if optimizer in OPTIMIZERS:
         spec = OPTIMIZERS[optimizer]
@@ -40,3 +43,28 @@ def model_card(report: Report, base_model: str | None, lora: bool, optimizer: st
     parts += ["## Training", "", *(f"- **{name}**: {value}" for name, value in report.facts.items()), ""]
     parts += ["```yaml", report.recipe.strip(), "```", ""]
     return "\n".join(parts)
+
+
+def _named(place: str) -> str:
+    """Of a file or folder of one machine its name alone."""
+    path = Path(place)
+    return path.name if path.suffix or path.is_absolute() else place
+
+
+def _results(report: Report) -> list[EvalResult]:
+    """What the Hub shows as evaluation results: each metric of each split after training."""
+    task = "text-classification" if report.unit == "example" else "text-generation"
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=_named(split.source.partition("@")[0]),
+            dataset_name=f"{split.name} ({split.role})",
+            dataset_config=split.name,  # the Hub joins results of what has no other name
+            dataset_split=split.source.partition("@")[2] or None,
+            metric_type=metric,
+            metric_name=f"{report.label(metric)}, 95 % over examples [{found.low:.4f}, {found.high:.4f}]",
+            metric_value=round(found.value, 6),
+        )
+        for split in report.splits
+        for metric, found in split.after.items()
+    ]
