@@ -122,6 +122,14 @@ def test_intervals_that_forget_the_pairing_would_be_seen(thousand):
     assert covered([(unpaired(found), truths) for found, truths in thousand]) > 0.97
 
 
+def test_equal_differences_of_counts_are_no_proof():
+    """Three seeds that each differ by one example of 300: a t-test on them would be certain."""
+    scores = {"a": {"code": {seed: (240 + seed) / 300 for seed in range(3)}}}
+    scores["b"] = {"code": {seed: (241 + seed) / 300 for seed in range(3)}}
+    (found,) = differences(scores, [("b", "a")], lower_is_better=False)
+    assert found.words == "no significant difference" and found.p_value == 0.25
+
+
 # ---- tuning ----------------------------------------------------------------------------------------------------------
 
 

@@ -91,15 +91,20 @@ def t_interval(values: Sequence[float]) -> Interval:
 def t_test(differences: Sequence[float]) -> float:
     """The two-sided p-value of Student's t for a mean difference of 0; 1 for fewer than two differences.
 
+    Differences that are all equal, as counts of a few hundred examples can be by chance, would have p = 0. They say no
+    more than their signs do, so theirs is the sign test's 2^(1 - n).
+
     Example:
         >>> round(t_test([1.0, 2.0, 3.0]), 4), t_test([0.0, 0.0]), t_test([0.7])
         (0.0742, 1.0, 1.0)
+        >>> t_test([0.1, 0.1, 0.1])
+        0.25
     """
     if len(differences) < 2:
         return 1.0
     mean, spread = statistics.fmean(differences), statistics.stdev(differences)
-    if spread == 0:
-        return 1.0 if mean == 0 else 0.0
+    if spread <= 1e-9 * abs(mean):  # equal but for rounding
+        return 1.0 if mean == 0 else 2.0 ** (1 - len(differences))
     return 1 - t_within(mean / spread * math.sqrt(len(differences)), len(differences) - 1)
 
 
