@@ -21,6 +21,14 @@ pytestmark = pytest.mark.xdist_group("two processes")
 
 CASES = [(name, lora) for name in ("tam", "adatam", "adatamw") for lora in (False, True)]
 CASES += [(name, False) for name in OPTIMIZERS if name not in ("tam", "adatam", "adatamw")]
+# The others run in the slow suite; the matrix has every optimizer under DDP as well.
+SHORT = [("tam", False), ("adatamw", True), ("vradam", False), ("ahb_adamw", False)]
+EACH = [
+    pytest.param(
+        case, id="-".join([case[0], "lora" if case[1] else "full"]), marks=[] if case in SHORT else [pytest.mark.slow]
+    )
+    for case in CASES
+]
 RATES = {"adatam": 1e-4, "adatamw": 1e-4}  # their steps are about ten times Adam's at the start
 STEPS, HALF = 20, 10
 
@@ -64,24 +72,32 @@ def words(tiny, folder: Path, kind: str, case, **fields) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny, tmp_path_factory):
+def cases(request) -> list:
+    """Those that a selected test asks for."""
+    here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    asked = [item.callspec.params.get("case") for item in here]
+    return [case for case in CASES if case in asked or case == ("tam", False)]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, cases, tmp_path_factory):
     """Each case on one process and on two, at equal global batch. Both evaluate before they train."""
     folder = tmp_path_factory.mktemp("runs")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for case in CASES:
+    for case in cases:
         job.train(load_recipe(None, words(tiny, folder, "one", case, per_device_train_batch_size=4)))
     torch.set_num_threads(threads)
-    plan = [(label(*case), words(tiny, folder, "two", case, **TWO)) for case in CASES]
+    plan = [(label(*case), words(tiny, folder, "two", case, **TWO)) for case in cases]
     return folder, launch_plan(folder / "plan-two", plan)
 
 
 @pytest.fixture(scope="module")
-def resumed(tiny, runs):
+def resumed(tiny, cases, runs):
     """The runs on two processes again, from the checkpoint at the half."""
     folder, _ = runs
     plan = []
-    for case in CASES:
+    for case in cases:
         checkpoint = folder / "two" / label(*case) / f"checkpoint-{HALF}"
         plan.append((label(*case), words(tiny, folder, "resumed", case, resume_from_checkpoint=checkpoint, **TWO)))
     return launch_plan(folder / "plan-resumed", plan)
@@ -94,7 +110,7 @@ def test_two_processes_really_ran(runs, resumed):
         assert facts["backend"] == "gloo"
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: label(*case))
+@pytest.mark.parametrize("case", EACH)
 def test_two_processes_follow_the_single_process_trajectory(case, runs):
     """Largest relative difference of the weights after 20 steps in float32: at most 1e-6."""
     folder, _ = runs
@@ -117,7 +133,7 @@ def test_the_gradients_were_correlated(runs):
     assert max(cosines) > 0.3
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: label(*case))
+@pytest.mark.parametrize("case", EACH)
 @pytest.mark.usefixtures("resumed")
 def test_two_processes_resume_bit_for_bit(case, runs):
     folder, _ = runs

@@ -339,6 +339,7 @@ def test_a_run_is_the_same_alone_as_behind_others(real):
         assert pareto.run_point(made, point).losses == records[point].losses
 
 
+@pytest.mark.slow  # half a minute; the processes of a comparison (tests/test_compare.py) stay in the short suite
 def test_processes_side_by_side_find_what_one_process_finds(real, tmp_path):
     made, _ = real
     other = replace(made, folder=str(tmp_path / "out"), surgeries=["bloop"], seeds=[0])

@@ -125,8 +125,15 @@ def test_summary_says_what_was_learnt_and_where_the_report_lies(tiny, tmp_path):
 # ---- saving and resuming --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+# Adapters are tensors as others are: one optimizer shows that they resume, the rest run in the slow suite.
+RESUMED = [
+    pytest.param(name, lora, id=f"{name}-{kind}", marks=[pytest.mark.slow] if lora and name != "tam" else [])
+    for name in OPTIMIZERS
+    for lora, kind in ((False, "full"), (True, "lora"))
+]
+
+
+@pytest.mark.parametrize(("name", "lora"), RESUMED)
 def test_resumed_run_ends_with_the_weights_of_the_uninterrupted_one_bit_for_bit(name, lora, tiny, tmp_path):
     fields = {
         "optim": name,
