@@ -116,7 +116,8 @@ MANY = (html_specimen.MANY_METHODS, html_specimen.MANY_SPLITS)
 def good(shots):
     few = html_specimen.document(html_specimen.METHODS[:2], html_specimen.SPLITS[:2])
     many = html_specimen.document(MANY[0], MANY[1][1:4], domains=MANY[1])
-    return measured(shots, {"few": few.to_html(), "many": many.to_html()})
+    committed = (ROOT / "docs" / "comparison_reviews" / "report.html").read_text()
+    return measured(shots, {"few": few.to_html(), "many": many.to_html(), "committed": committed})
 
 
 def reads_well(found: dict) -> bool:
@@ -129,6 +130,12 @@ def reads_well(found: dict) -> bool:
 def test_a_report_reads_well(good, name, texts, width):
     found = good[0][f"{name} {width}"]
     assert reads_well(found) and found["texts"] > texts
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_committed_comparison_reads_well(good, width):
+    found = good[0][f"committed {width}"]
+    assert {fault: found[fault] for fault in FAULTS if found[fault]} == {} and found["figures"] == 3
 
 
 @pytest.mark.slow
