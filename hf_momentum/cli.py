@@ -219,11 +219,12 @@ def _pareto(words: list[str]) -> int:
     parser.add_argument("--output_dir", metavar="OUT", required=True, help="for runs.jsonl, the report and fronts.png")
     known, overrides = parser.parse_known_args(words)
     from hf_momentum.training import pareto
+    from hf_momentum.training.words import listed
 
     made = pareto.plan(
         known.config,
         overrides,
-        surgeries=pareto.listed(known.surgeries),
+        surgeries=listed(known.surgeries),
         lambdas=pareto.numbers("lambdas", known.lambdas),
         seeds=known.seeds,
         main=known.main,
@@ -273,16 +274,17 @@ def _compare(words: list[str]) -> int:
     from hf_momentum.evaluation.scores import LOWER_IS_BETTER
     from hf_momentum.training import compare, compare_report, compare_runs
     from hf_momentum.training.ledger import Ledger
+    from hf_momentum.training.words import listed
 
     made = compare.plan(
         known.config,
         overrides,
-        methods=compare.listed(known.optim),
+        methods=listed(known.optim),
         trials=known.trials,
         seeds=known.seeds,
         folder=known.output_dir,
         storage=known.storage,
-        asked=compare.listed(known.controls),
+        asked=listed(known.controls),
         ratio=known.ratio,
         most=known.most_trials,
         starts=compare.rates(known.lr),

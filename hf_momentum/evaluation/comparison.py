@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_momentum.evaluation import tuning
-from hf_momentum.evaluation.intervals import Interval, difference, holm, t_interval, t_test
+from hf_momentum.evaluation.intervals import Interval, difference, paired_tests, t_interval
 from hf_momentum.evaluation.results import Point, RunScores, SplitFacts
 from hf_momentum.evaluation.robustness import Fit, fit
 from hf_momentum.evaluation.scores import LOWER_IS_BETTER
+from hf_momentum.evaluation.writing import listed, write_whole
 
 LEVEL = 0.05  # of all differences of one table together
 
@@ -96,22 +97,10 @@ def differences(
             first, second = scores[method][split], scores[other].get(split, {})
             seeds = sorted(set(first) & set(second))
             found.append((method, other, split, seeds, [difference(first[seed], second[seed]) for seed in seeds]))
-    p_values = [t_test(values) for *_, values in found]
-    # One that cannot be made must not make the others harder.
-    made = [index for index, (*_, seeds, _) in enumerate(found) if len(seeds) > 1]
-    adjusted = dict(zip(made, holm([p_values[index] for index in made]), strict=True))
+    tests = paired_tests([values for *_, values in found])
     return [
-        Difference(
-            method,
-            other,
-            split,
-            seeds,
-            t_interval(values) if values else None,
-            p_values[index],
-            adjusted.get(index, 1.0),
-            lower_is_better,
-        )
-        for index, (method, other, split, seeds, values) in enumerate(found)
+        Difference(method, other, split, seeds, test.size, test.p_value, test.adjusted, lower_is_better)
+        for (method, other, split, seeds, _), test in zip(found, tests, strict=True)
     ]
 
 
@@ -378,11 +367,11 @@ class ComparisonReport:
         for words in ("better", "worse"):
             chosen = [one for one in rows if one.words == words]
             if chosen:
-                phrases.append(f"{words} on " + _listed([self._with_figures(one) for one in chosen]))
+                phrases.append(f"{words} on " + listed([self._with_figures(one) for one in chosen]))
         for words in ("no significant difference", "not comparable"):
             chosen = [one for one in rows if one.words == words]
             if chosen:
-                where = "any split" if len(chosen) == len(rows) > 1 else _listed([one.split for one in chosen])
+                where = "any split" if len(chosen) == len(rows) > 1 else listed([one.split for one in chosen])
                 phrases.append(f"{words} on {where}")
         return f"{method} against {other}: {'; '.join([*phrases, *lost])}."
 
@@ -437,9 +426,7 @@ class ComparisonReport:
         from hf_momentum.evaluation.comparison_document import document
 
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "report.json.partial"
-        partial.write_text(self.to_json(), encoding="utf-8")
-        partial.replace(folder / "report.json")
+        write_whole(folder / "report.json", self.to_json())
         return document(self).write(folder)
 
 
@@ -459,7 +446,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_momentum.evaluation.writing import write_whole
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -275,9 +277,9 @@ class Document:
         """
         (folder / "plots").mkdir(parents=True, exist_ok=True)
         for picture in self.pictures:
-            _write_whole(folder / "plots" / f"{picture.name}.png", _png(picture.figure))
-        _write_whole(folder / f"{stem}.md", self.to_markdown().encode())
-        _write_whole(folder / f"{stem}.html", self.to_html().encode())
+            write_whole(folder / "plots" / f"{picture.name}.png", _png(picture.figure))
+        write_whole(folder / f"{stem}.md", self.to_markdown())
+        write_whole(folder / f"{stem}.html", self.to_html())
         return folder / f"{stem}.html"
 
 
@@ -446,9 +448,3 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     return buffer.getvalue()
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)

@@ -29,6 +29,7 @@ from hf_momentum.evaluation.metrics import Estimate
 from hf_momentum.evaluation.results import Point, ReliabilityBin, SplitScores
 from hf_momentum.evaluation.robustness import Line
 from hf_momentum.evaluation.scores import worst_group
+from hf_momentum.evaluation.writing import listed, write_whole
 
 KIND = "hf-momentum evaluation"
 
@@ -170,7 +171,7 @@ class EvaluationReport:
             gap, most = max(worse, key=lambda each: abs(each[1].value))
             return f"{said} Under shift it is worst on {gap.split}: {_signed(most)}."
         compared = [gap.split for gap in self.gaps if metric in gap.scores]
-        return f"{said} On {_listed(compared)} it is not significantly worse." if compared else said
+        return f"{said} On {listed(compared)} it is not significantly worse." if compared else said
 
     def summary(self) -> list[str]:
         """The last lines that a person reads in the terminal: the verdict, and one line for each split.
@@ -225,9 +226,7 @@ class EvaluationReport:
         folder.mkdir(parents=True, exist_ok=True)
         page = self.document().write(folder)
         for name, text in (("report.json", self.to_json()), ("card.md", self.card())):
-            partial = folder / f"{name}.partial"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(folder / name)
+            write_whole(folder / name, text)
         return page
 
     # ---- parts of the document ----
@@ -264,7 +263,7 @@ class EvaluationReport:
         return Details("Every metric with its interval", [Table(["split", *map(_words, self._metrics)], rows)])
 
     def _others(self) -> str:
-        return _listed(list(dict.fromkeys(literal(gap.other) for gap in self.gaps)))
+        return listed(list(dict.fromkeys(literal(gap.other) for gap in self.gaps)))
 
     def _sentences(self) -> list[str]:
         """What the differences say, one sentence for each shift and each change from the base."""
@@ -301,7 +300,7 @@ class EvaluationReport:
                 "gaps",
                 f"{_words(metric).capitalize()} under shift less that in distribution, with 95 % intervals over "
                 "examples.",
-                f"Differences of {_words(metric)} for {_listed([row.label for row in rows])}",
+                f"Differences of {_words(metric)} for {listed([row.label for row in rows])}",
                 pictures.differences(rows, f"difference in {_words(metric)} ({better})"),
             ),
         ]
@@ -355,7 +354,7 @@ class EvaluationReport:
         return Picture(
             f"robustness_{_file(one.split)}",
             f"{_words(one.metric).capitalize()} on {literal(one.split)} against that on {literal(one.other)}.",
-            f"{_words(one.metric)} on {one.split} against {one.other}, for {_listed([*names, _short(self.model)])}",
+            f"{_words(one.metric)} on {one.split} against {one.other}, for {listed([*names, _short(self.model)])}",
             pictures.shift_scatter(
                 {**points, _short(self.model): [one.point]},
                 one.line,
@@ -390,7 +389,7 @@ class EvaluationReport:
         return Picture(
             "splits",
             f"{_words(metric).capitalize()} on every split, with 95 % intervals over examples.",
-            f"Bars of {_words(metric)} for {_listed(list(shown))}",
+            f"Bars of {_words(metric)} for {listed(list(shown))}",
             pictures.split_bars({_short(self.model): shown}, _words(metric)),
         )
 
@@ -420,7 +419,7 @@ class EvaluationReport:
                 "severities",
                 f"{_words(metric).capitalize()} by severity, with 95 % intervals over examples. Severities are ours, "
                 "not those of a benchmark.",
-                f"Curves of {_words(metric)} over severities for {_listed(list(curves))}",
+                f"Curves of {_words(metric)} over severities for {listed(list(curves))}",
                 pictures.severities(curves, _words(metric)),
             ),
             Table(["corruption", "mean over severities", *map(_words, metrics)], rows, left=2),
@@ -436,7 +435,7 @@ class EvaluationReport:
             "How often the model is right against how confident it says it is. On the diagonal the two agree; below it "
             "the model is overconfident."
         )
-        alt = f"Reliability diagrams for {_listed(list(bins))}"
+        alt = f"Reliability diagrams for {listed(list(bins))}"
         said = (
             "A calibration error is a sum of absolute values, so chance alone makes it larger than 0, the more the "
             "fewer the examples. Its intervals allow for that, and cover the truth less often than the others do."
@@ -505,10 +504,6 @@ def _signed(value: Estimate) -> str:
     return f"{value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
 
 
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
-
-
 def _file(name: str) -> str:
     return "_".join(filter(None, "".join(c if c.isalnum() else " " for c in name.lower()).split()))
 
@@ -518,7 +513,7 @@ def _worse(metric: str, change: Estimate) -> bool:
 
 
 def _steps(mean: Mean) -> str:
-    return _listed([str(severity) for severity in mean.severities])
+    return listed([str(severity) for severity in mean.severities])
 
 
 def _gap_sentence(gap: Against) -> str:

@@ -30,6 +30,7 @@ from hf_momentum.evaluation.document import (
 from hf_momentum.evaluation.intervals import Interval, t_interval
 from hf_momentum.evaluation.metrics import Estimate
 from hf_momentum.evaluation.scores import LOWER_IS_BETTER
+from hf_momentum.evaluation.writing import write_whole
 
 Matrix = Sequence[Sequence[float]]  # [domains + 1][domains]
 
@@ -271,7 +272,5 @@ class StreamReport:
             The path of `report.html`.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "stream.json.partial"
-        partial.write_text(self.to_json(), encoding="utf-8")
-        partial.replace(folder / "stream.json")
+        write_whole(folder / "stream.json", self.to_json())
         return self.document().write(folder)

@@ -122,6 +122,40 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+@dataclass(frozen=True)
+class PairedTest:
+    """What differences over seeds say.
+
+    Attributes:
+        size: their mean with its 95 % t-interval; None if there are none.
+        p_value: of the paired t-test.
+        adjusted: after Holm's correction over all that were tested together.
+    """
+
+    size: Interval | None
+    p_value: float
+    adjusted: float
+
+
+def paired_tests(together: Sequence[Sequence[float]]) -> list[PairedTest]:
+    """Several comparisons at once, each by its differences over seeds.
+
+    One of fewer than two differences cannot be made. It must not make the others harder, so it is not counted.
+
+    Example:
+        >>> tests = paired_tests([[1.0, 1.1, 0.9], [0.1, -0.1, 0.0], [5.0]])
+        >>> [(round(test.p_value, 3), round(test.adjusted, 3)) for test in tests]
+        [(0.003, 0.007), (1.0, 1.0), (1.0, 1.0)]
+    """
+    p_values = [t_test(differences) for differences in together]
+    made = [index for index, differences in enumerate(together) if len(differences) > 1]
+    adjusted = dict(zip(made, holm([p_values[index] for index in made]), strict=True))
+    return [
+        PairedTest(t_interval(differences) if differences else None, p_values[index], adjusted.get(index, 1.0))
+        for index, differences in enumerate(together)
+    ]
+
+
 def difference(first: float, second: float) -> float:
     """`first - second`, and 0 where it is no more than rounding, which a t-test would take for very regular.
 

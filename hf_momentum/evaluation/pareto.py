@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_momentum.evaluation.intervals import Interval, difference, holm, t_interval, t_test
+from hf_momentum.evaluation.intervals import Interval, difference, paired_tests, t_interval
+from hf_momentum.evaluation.writing import listed, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,20 +130,10 @@ def compare(volumes: Mapping[str, Mapping[int, float]], method: str) -> list[Com
         if other != method:
             seeds = sorted(set(volumes[method]) & set(volumes[other]))
             found.append((other, seeds, [difference(volumes[method][seed], volumes[other][seed]) for seed in seeds]))
-    p_values = [t_test(differences) for _, _, differences in found]
-    # A comparison that cannot be made must not make the others harder.
-    made = [index for index, (_, seeds, _) in enumerate(found) if len(seeds) > 1]
-    adjusted = dict(zip(made, holm([p_values[index] for index in made]), strict=True))
+    tests = paired_tests([differences for _, _, differences in found])
     return [
-        Comparison(
-            method=method,
-            other=other,
-            seeds=seeds,
-            difference=t_interval(differences) if differences else None,
-            p_value=p_values[index],
-            adjusted=adjusted.get(index, 1.0),
-        )
-        for index, (other, seeds, differences) in enumerate(found)
+        Comparison(method, other, seeds, test.size, test.p_value, test.adjusted)
+        for (other, seeds, _), test in zip(found, tests, strict=True)
     ]
 
 
@@ -287,7 +278,7 @@ class ParetoReport:
             "not comparable": f"too few common seeds to compare {self.focus} with",
         }
         said = "; ".join(
-            f"{phrase} {_listed([one.other for one in groups[words]])}"
+            f"{phrase} {listed([one.other for one in groups[words]])}"
             for words, phrase in phrases.items()
             if words in groups
         )
@@ -417,13 +408,9 @@ class ParetoReport:
             partial = folder / "fronts.png.partial"
             figure.savefig(partial, dpi=120, format="png")
             partial.replace(folder / "fronts.png")
-        _write_whole(folder / "report.json", self.to_json())
-        _write_whole(folder / "report.md", self.to_markdown("fronts.png" if figure is not None else None))
+        write_whole(folder / "report.json", self.to_json())
+        write_whole(folder / "report.md", self.to_markdown("fronts.png" if figure is not None else None))
         return folder / "report.md"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _seeds(seeds: Sequence[int]) -> str:
@@ -433,12 +420,6 @@ def _seeds(seeds: Sequence[int]) -> str:
 def _table(rows: Sequence[Sequence[str]], left: int) -> list[str]:
     ruled = [rows[0], ["---"] * left + ["---:"] * (len(rows[0]) - left), *rows[1:]]
     return ["| " + " | ".join(row) + " |" for row in ruled]
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 # ---- the picture -----------------------------------------------------------------------------------------------------

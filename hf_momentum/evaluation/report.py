@@ -9,6 +9,7 @@ from typing import Any
 from hf_momentum.evaluation import plots
 from hf_momentum.evaluation.metrics import Estimate
 from hf_momentum.evaluation.scores import LOWER_IS_BETTER
+from hf_momentum.evaluation.writing import write_whole
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,6 @@ class Report:
         """
         pictures = plots.draw_all(self, folder / "plots")
         relative = [(caption, str(path.relative_to(folder))) for caption, path in pictures]
-        _write_whole(folder / "report.json", self.to_json())
-        _write_whole(folder / "report.md", self.to_markdown(relative))
+        write_whole(folder / "report.json", self.to_json())
+        write_whole(folder / "report.md", self.to_markdown(relative))
         return folder / "report.md"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

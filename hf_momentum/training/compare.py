@@ -319,16 +319,6 @@ def learning_rates(made: Plan, records: Mapping[str, RunScores]) -> dict[str, di
 # ---- the words of the command line -----------------------------------------------------------------------------------
 
 
-def listed(text: str) -> list[str]:
-    """The words of a list with commas.
-
-    Example:
-        >>> listed("adamw_torch, tam"), listed("")
-        (['adamw_torch', 'tam'], [])
-    """
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
 def pairs(option: str, between: str, words: Sequence[str]) -> dict[str, str]:
     """NAME and what belongs to it, of an option that may be given several times.
 

@@ -15,11 +15,12 @@ from hf_momentum.evaluation.comparison import ComparisonReport
 from hf_momentum.evaluation.results import RunScores, SplitFacts
 from hf_momentum.training import job
 from hf_momentum.training.compare import BASE, Plan, Run, controls, learning_rates, relevant
-from hf_momentum.training.compare_runs import counts, duration, metrics_on, seconds_left
+from hf_momentum.training.compare_runs import counts, metrics_on, seconds_left
 from hf_momentum.training.ledger import Ledger
 from hf_momentum.training.quiet import quiet
 from hf_momentum.training.recipe import Recipe, load_recipe
 from hf_momentum.training.sources import Split
+from hf_momentum.training.words import duration
 
 _TIMED_STEPS = 6
 _TIMED_EXAMPLES = 64

@@ -34,6 +34,7 @@ from hf_momentum.training.processes import environment_of_one_process
 from hf_momentum.training.quiet import quiet
 from hf_momentum.training.recipe import Recipe
 from hf_momentum.training.sources import Split
+from hf_momentum.training.words import duration
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
@@ -341,19 +342,3 @@ def seconds_left(made: Plan, records: Mapping[str, RunScores], jobs: int) -> flo
         return None
     least, _ = counts(made, records)
     return max(0, least - len(records)) * statistics.fmean(times) / jobs
-
-
-def duration(seconds: float) -> str:
-    """In the unit that fits.
-
-    Example:
-        >>> duration(12.3), duration(600), duration(9000)
-        ('12 s', '10 min', '2.5 h')
-    """
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )

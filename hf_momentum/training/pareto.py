@@ -31,6 +31,7 @@ from hf_momentum.training.arguments import BloopArguments, DataArguments
 from hf_momentum.training.processes import environment_of_one_process, launched_processes
 from hf_momentum.training.quiet import quiet
 from hf_momentum.training.recipe import Recipe, load_recipe
+from hf_momentum.training.words import duration, listed
 
 BASE = "base model"
 SURGERIES: tuple[str, ...] = get_args(get_type_hints(BloopArguments)["surgery"])
@@ -154,16 +155,6 @@ def examples_per_device(recipe: Recipe) -> tuple[int, int]:
     """Main and auxiliary examples that one device sees in one micro-batch of a surgery; replay sees their sum."""
     main = recipe.training.per_device_train_batch_size
     return main, recipe.bloop.aux_batch_size or main
-
-
-def listed(text: str) -> list[str]:
-    """The words of a list with commas.
-
-    Example:
-        >>> listed("bloop, mixed"), listed("")
-        (['bloop', 'mixed'], [])
-    """
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def numbers(name: str, text: str) -> list[float]:
@@ -398,17 +389,7 @@ def outlook(made: Plan, jobs: int) -> str:
         return (
             f"{text}; how long is known once the first one has been trained (a command that is stopped loses nothing)"
         )
-    return f"{text}, about {_duration(seconds)}"
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else (f"{seconds / 3600:.1f} h")
-    )
+    return f"{text}, about {duration(seconds)}"
 
 
 # ---- the grid --------------------------------------------------------------------------------------------------------
@@ -448,9 +429,9 @@ def run_grid(
         numbers = ", ".join(
             f"{name} {record.losses[name]:.3f}" for name in (made.main, made.auxiliary) if record.losses
         )
-        result = f"{numbers} after {_duration(record.seconds)}" if numbers else f"{record.status}: {record.message}"
+        result = f"{numbers} after {duration(record.seconds)}" if numbers else f"{record.status}: {record.message}"
         seconds = seconds_for(remaining, records, jobs)
-        rest = f"; {len(remaining)} to go" + (f", about {_duration(seconds)}" if seconds else "") if remaining else ""
+        rest = f"; {len(remaining)} to go" + (f", about {duration(seconds)}" if seconds else "") if remaining else ""
         say(f"[{total - len(remaining)}/{total}] {record.point}: {result}{rest}")
 
     if base not in records:  # alone and first: it trains and keeps the small base model, and finds what is wrong
@@ -602,7 +583,7 @@ def _facts(recipe: Recipe, records: Mapping[Point, Record]) -> dict[str, Any]:
         "surgery": f"rho {bloop.rho}, ema_order {bloop.ema_order}, ema_init {bloop.ema_init}, surgery_metric "
         f"{bloop.surgery_metric} (each where the method has it)",
         "device": torch.cuda.get_device_name() if training.device.type == "cuda" else training.device.type,
-        "time": f"{_duration(seconds)} for {len(records)} runs, summed",
+        "time": f"{duration(seconds)} for {len(records)} runs, summed",
         "versions": ", ".join(
             f"{name} {importlib.metadata.version(name)}" for name in ("hf-momentum", "torch", "transformers", "peft")
         ),
