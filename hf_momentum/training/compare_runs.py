@@ -114,7 +114,7 @@ def metrics_on(recipe: Recipe, trainer: Any, split: Split) -> dict[str, float]:
 
 
 def _gain(history: list[dict[str, float]]) -> float | None:
-    """Effective over nominal learning rate, summed over the logged steps; 1 where an optimizer does not tell."""
+    """Effective over nominal learning rate, summed over the logged steps; None where an optimizer does not tell."""
     told = [(entry["effective_lr"], entry["learning_rate"]) for entry in history if "effective_lr" in entry]
     nominal = sum(rate for _, rate in told)
     return float(np.float64(sum(rate for rate, _ in told)) / nominal) if nominal > 0 else None
