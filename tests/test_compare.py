@@ -153,6 +153,8 @@ def test_other_optimizers_later_use_the_runs_that_are_there(words, tmp_path):
     longer, runner = planned(words(max_steps=5), tmp_path), FakeRunner()
     compare_runs.work(longer, ledger_of(longer), run=runner, say=str)
     assert BASE in {run.method for run in runner.ran}, "another recipe is another comparison"
+    otherwise = planned(words(), tmp_path, selection="perplexity")
+    assert ledger_of(otherwise).records() == {}, "a validation loss must not be taken for a perplexity"
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------

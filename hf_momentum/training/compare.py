@@ -107,7 +107,7 @@ class Plan:
         selection: what chooses the learning rate on validation data.
         folder: where the report and the logs go.
         storage: URL of the record of runs.
-        digest: of the recipe without what the comparison varies; files are known by their names.
+        digest: of the recipe without what the comparison varies, and of the selection; files are known by their names.
     """
 
     config: str | None
@@ -449,7 +449,7 @@ def plan(
         selection=selection or first,
         folder=folder,
         storage=storage or f"sqlite:///{Path(folder) / 'runs.db'}",
-        digest=_digest(recipe),
+        digest=_digest(recipe, selection or first),
     )
     for name in [*made.methods, *(control.name for control in controls(made))]:
         made.recipe(Run(name, "test", made.starts[_method_of(name)], made.seeds[0]))
@@ -499,7 +499,8 @@ def _start(recipe: Recipe, method: str) -> float:
     return tuning.rung(recipe.training.learning_rate * _RELATIVE.get(method, 1.0) / _RELATIVE.get(own, 1.0), 1.0, 0)
 
 
-def _digest(recipe: Recipe) -> str:
+def _digest(recipe: Recipe, selection: str) -> str:
     kept = {name: value for name, value in recipe.given.items() if name not in _VARIED and name not in _SET}
+    kept["selection"] = selection  # a record's validation score is in it
     kept["hf-momentum"] = importlib.metadata.version("hf-momentum")
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
