@@ -192,7 +192,7 @@ class ParetoReport:
 
     Example:
         >>> runs = [Run(MAIN_ONLY, 0.0, seed, (1.0, 3.0 + seed / 100)) for seed in range(3)]
-        >>> runs += [Run("bloop", 0.1, seed, (1.1, 1.0 + seed / 100)) for seed in range(3)]
+        >>> runs += [Run("bloop", 0.1, seed, (1.1, 1.0 + seed**2 / 100)) for seed in range(3)]
         >>> runs += [Run("mixed", 0.1, seed, (1.5, 2.0 + seed / 50)) for seed in range(3)]
         >>> report = ParetoReport("t", "code", "prose", "byte", ["bloop", "mixed"], [0.1], [0, 1, 2], runs, None)
         >>> report.verdict().partition(":")[0]
