@@ -353,6 +353,19 @@ def test_a_worker_elsewhere_is_dead_once_its_counter_stands_still(tmp_path):
     assert near.records() == {}
 
 
+def test_a_result_counts_once_it_is_written_though_its_worker_died_before_it_closed_the_trial(tmp_path):
+    url = f"sqlite:///{tmp_path / 'runs.db'}"
+    first = Ledger(url, "s", True)
+    first.owner = replace(first.owner, started="long ago")  # a process of this machine that is gone
+    trial = first.claim("run", {})
+    record = RunScores("tam", "test", 0.1, 0, "finished", 1.0, {}, 1.0, 1)
+    first.storage.set_trial_user_attr(trial, "record", asdict(record))
+    for _ in range(2):  # for the worker that frees it, and for all that come later
+        ledger = Ledger(url, "s", True)
+        ledger.free_dead()
+        assert ledger.records() == {"run": record} and ledger.running() == set()
+
+
 POSTGRES = next((str(p.parent) for p in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
 
 

@@ -132,13 +132,17 @@ class Ledger:
         return self.storage.get_all_trials(self._id, deepcopy=False)
 
     def records(self) -> dict[str, RunScores]:
-        """What is known of each run by its name: finished, diverged, or failed since this worker came."""
-        found = {}
+        """What is known of each run by its name: finished, diverged, or failed since this worker came.
+
+        A result counts once it is written, even if its worker died before it could close the trial.
+        """
+        found: dict[str, RunScores] = {}
         for trial in self._trials():
-            told = trial.user_attrs.get("record")
-            fresh = trial.state.name == "COMPLETE" or (trial.state.name == "FAIL" and trial.number not in self._old)
-            if told is not None and fresh:
-                found[trial.user_attrs["run"]] = RunScores(**told)
+            told, name = trial.user_attrs.get("record"), trial.user_attrs.get("run")
+            if told is None or (told["status"] == "failed" and trial.number in self._old):
+                continue
+            if name not in found or found[name].status == "failed":
+                found[name] = RunScores(**told)
         return found
 
     def running(self) -> set[str]:
