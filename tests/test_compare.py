@@ -307,9 +307,10 @@ def test_a_comparison_killed_ten_times_ends_with_the_same_table(expected, tmp_pa
 
 def test_a_killed_worker_s_run_is_free_again_and_the_table_is_the_same(expected, tmp_path):
     made, table = expected
-    log = tmp_path / "log"
-    process = worker(made, log, 0.2)
-    while not (log.exists() and log.read_text().count("\n") > 3):
+    log, watch = tmp_path / "log", ledger_of(made)
+    process = worker(made, log, 0.5)
+    # Four are told and another is claimed, which takes half a second: the kill cannot fall between two runs.
+    while len(watch.records()) < 4 or not watch.running() - set(watch.records()):
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.02)
     process.kill()
