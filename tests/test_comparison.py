@@ -15,9 +15,9 @@ from hf_momentum.evaluation.comparison_document import document
 from hf_momentum.evaluation.results import RunScores, SplitFacts
 
 SPLITS = [
-    SplitFacts("code", "in distribution", None, "stdlib:code@test", 10),
-    SplitFacts("prose", "shifted", "domain", "stdlib:prose@test", 10),
-    SplitFacts("json", "must not forget", None, "stdlib:json@test", 10),
+    SplitFacts("code", "in distribution", None, "stdlib:code@test"),
+    SplitFacts("prose", "shifted", "domain", "stdlib:prose@test"),
+    SplitFacts("json", "must not forget", None, "stdlib:json@test"),
 ]
 
 

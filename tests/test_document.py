@@ -180,7 +180,9 @@ def words(page: str) -> str:
 
 def rendered(markdown: str) -> str:
     """Markdown as an independent program reads it."""
-    markdown_it = pytest.importorskip("markdown_it")
+    markdown_it = pytest.importorskip(
+        "markdown_it", reason="markdown-it, which reads the Markdown back, is not installed"
+    )
     return markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(markdown)
 
 

@@ -128,7 +128,7 @@ class ComparisonReport:
         command: the command that repeats it all.
 
     Example:
-        >>> split = SplitFacts("code", "in distribution", None, "stdlib:code@test", 10)
+        >>> split = SplitFacts("code", "in distribution", None, "stdlib:code@test")
         >>> runs = [
         ...     RunScores(m, "test", 0.1, s, "finished", x, {"code": {"loss": x + s / 10 + s * s * y}}, 1.0, 1)
         ...     for m, x, y in (("adamw_torch", 2.0, 0.0), ("tam", 1.5, 0.01))

@@ -24,6 +24,7 @@ from hf_momentum.evaluation.document import (
     Verdict,
     literal,
 )
+from hf_momentum.evaluation.hub import eval_results
 from hf_momentum.evaluation.measured import Against, Mean, Robustness, lower_is_better
 from hf_momentum.evaluation.metrics import Estimate
 from hf_momentum.evaluation.results import Point, ReliabilityBin, SplitScores
@@ -131,22 +132,20 @@ class EvaluationReport:
             >>> print(EvaluationReport("m", "s", splits).model_index().splitlines()[0])
             model-index:
         """
-        from huggingface_hub import EvalResult, ModelCardData
+        from huggingface_hub import ModelCardData
 
         name = _short(self.model)
         results = [
-            EvalResult(
-                task_type=_HUB_TASKS.get(self.tasks.get(split.name, ""), "other"),
-                dataset_type=_ending(split.source.partition("@")[0]),
-                dataset_name=f"{split.name} ({_what(split)})",
-                dataset_config=split.name,  # the Hub joins results of what has no other name
-                dataset_split=split.source.partition("@")[2] or None,
-                metric_type=metric,
-                metric_name=f"{_words(metric)}, 95 % over examples [{one.low:.4f}, {one.high:.4f}]",
-                metric_value=round(one.value, 6),
-            )
+            result
             for split in self.splits
-            for metric, one in split.scores.items()
+            for result in eval_results(
+                _HUB_TASKS.get(self.tasks.get(split.name, ""), "other"),
+                split.name,
+                _what(split),
+                split.source,
+                split.scores,
+                {metric: _words(metric) for metric in split.scores},
+            )
         ]
         return ModelCardData(model_name=name, eval_results=results).to_yaml().strip() + "\n"
 

@@ -101,4 +101,3 @@ class SplitFacts:
     role: Role
     kind: Shift | None
     source: str
-    examples: int

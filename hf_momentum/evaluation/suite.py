@@ -218,16 +218,28 @@ def read_suite(text: str, name: str, sources: Mapping[str, str] | None = None) -
     return Suite(name, tuple(splits.values()), str(content.get("description", "")))
 
 
+def refuse_repeated_keys(node: yaml.MappingNode) -> None:
+    """Raise for a key that stands twice in a mapping, of which YAML would keep the last without a word.
+
+    Raises:
+        yaml.constructor.ConstructorError: names the key and its line.
+
+    Example:
+        >>> refuse_repeated_keys(yaml.compose("a: 1\\nb: 2"))
+    """
+    seen = set()
+    for key_node, _ in node.value:
+        if key_node.value in seen:
+            line = key_node.start_mark.line + 1
+            raise yaml.constructor.ConstructorError(None, None, f"{key_node.value!r} is given twice (line {line})")
+        seen.add(key_node.value)
+
+
 class _Once(yaml.SafeLoader):
     """Refuses a key that is given twice, such as two splits of one name."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.constructor.ConstructorError(None, None, f"{key_node.value!r} is given twice (line {line})")
-            seen.add(key_node.value)
+        refuse_repeated_keys(node)
         return super().construct_mapping(node, deep)
 
 

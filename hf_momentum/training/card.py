@@ -1,11 +1,11 @@
 """The model card of a run: metadata for the Hub, and what a reader of the model should know."""
 
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from hf_momentum.evaluation import Report
+from hf_momentum.evaluation.hub import eval_results
 from hf_momentum.integrations import OPTIMIZERS
 
 
@@ -45,26 +45,18 @@ def model_card(report: Report, base_model: str | None, lora: bool, optimizer: st
     return "\n".join(parts)
 
 
-def _named(place: str) -> str:
-    """Of a file or folder of one machine its name alone."""
-    path = Path(place)
-    return path.name if path.suffix or path.is_absolute() else place
-
-
 def _results(report: Report) -> list[EvalResult]:
     """What the Hub shows as evaluation results: each metric of each split after training."""
     task = "text-classification" if report.unit == "example" else "text-generation"
     return [
-        EvalResult(
-            task_type=task,
-            dataset_type=_named(split.source.partition("@")[0]),
-            dataset_name=f"{split.name} ({split.role})",
-            dataset_config=split.name,  # the Hub joins results of what has no other name
-            dataset_split=split.source.partition("@")[2] or None,
-            metric_type=metric,
-            metric_name=f"{report.label(metric)}, 95 % over examples [{found.low:.4f}, {found.high:.4f}]",
-            metric_value=round(found.value, 6),
-        )
+        result
         for split in report.splits
-        for metric, found in split.after.items()
+        for result in eval_results(
+            task,
+            split.name,
+            split.role,
+            split.source,
+            split.after,
+            {metric: report.label(metric) for metric in split.after},
+        )
     ]

@@ -6,9 +6,6 @@ then the controls run, whose learning rates follow from the runs before. Tuning 
 seed is tuned by itself, which costs as many times more and puts the luck of tuning into the intervals.
 """
 
-import hashlib
-import importlib.metadata
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -23,6 +20,7 @@ from hf_momentum.evaluation.results import RunScores
 from hf_momentum.evaluation.scores import LOWER_IS_BETTER, metric_names
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.integrations.registry import nearest
+from hf_momentum.training.plans import ALONE, check_overrides, digest
 from hf_momentum.training.processes import launched_processes
 from hf_momentum.training.recipe import Recipe, load_recipe
 
@@ -37,15 +35,11 @@ _RELATIVE |= {"sgd": 1000.0, "tam": 400.0, "ahb_sgd": 1000.0, "critical_sgd": 40
 
 # What the comparison decides in every run; the rest is the recipe's.
 _SET = {
-    "save_strategy": "no",
+    **ALONE,
     "eval_strategy": "no",
-    "load_best_model_at_end": "false",
-    "push_to_hub": "false",
     "logging_strategy": "steps",
     "logging_steps": "0.05",
     "log_dynamics": "true",
-    "report_to": "none",
-    "disable_tqdm": "true",
 }
 _VARIED = {"optim", "optim_args", "learning_rate", "seed", "data_seed", "output_dir"}
 _NOT_TO_GIVE = {
@@ -402,10 +396,7 @@ def plan(
     """
     if launched_processes() > 1:
         raise InputError("compare runs each point on one process; start it without a launcher (--jobs runs several)")
-    for word in overrides:
-        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        if word.startswith("--") and name in _NOT_TO_GIVE:
-            raise InputError(f"--{name} is set by the comparison; {_NOT_TO_GIVE[name]}")
+    check_overrides(overrides, _NOT_TO_GIVE, "the comparison")
     starts, arguments = dict(starts or {}), dict(arguments or {})
     _check_numbers(trials, seeds, ratio, most)
     _check_methods(methods, starts, arguments)
@@ -446,10 +437,10 @@ def plan(
         tuning_seeds=test_seeds if each_seed else [recipe.training.seed],
         controls=list(asked),
         metric=first,
-        selection=selection or first,
+        selection=selection or first,  # a record's validation score is in it
         folder=folder,
         storage=storage or f"sqlite:///{Path(folder) / 'runs.db'}",
-        digest=_digest(recipe, selection or first),
+        digest=digest(recipe, {*_VARIED, *_SET}, selection=selection or first),
     )
     for name in [*made.methods, *(control.name for control in controls(made))]:
         made.recipe(Run(name, "test", made.starts[_method_of(name)], made.seeds[0]))
@@ -497,10 +488,3 @@ def _start(recipe: Recipe, method: str) -> float:
     """From the recipe's own learning rate, by the optimizer that it is meant for."""
     own = _own_optimizer(recipe)
     return tuning.rung(recipe.training.learning_rate * _RELATIVE.get(method, 1.0) / _RELATIVE.get(own, 1.0), 1.0, 0)
-
-
-def _digest(recipe: Recipe, selection: str) -> str:
-    kept = {name: value for name, value in recipe.given.items() if name not in _VARIED and name not in _SET}
-    kept["selection"] = selection  # a record's validation score is in it
-    kept["hf-momentum"] = importlib.metadata.version("hf-momentum")
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -19,7 +19,7 @@ from hf_momentum.training.compare_runs import counts, metrics_on, seconds_left
 from hf_momentum.training.ledger import Ledger
 from hf_momentum.training.quiet import quiet
 from hf_momentum.training.recipe import Recipe, load_recipe
-from hf_momentum.training.sources import Split
+from hf_momentum.training.sources import Split, named_splits
 from hf_momentum.training.words import duration
 
 _TIMED_STEPS = 6
@@ -102,7 +102,7 @@ def report(made: Plan, known: Mapping[str, RunScores]) -> ComparisonReport:
     base = next((run for run in records.values() if run.method == BASE and run.status == "finished"), None)
     return ComparisonReport(
         title=f"{recipe.name}: {', '.join(made.methods)}",
-        unit=unit_of(recipe),
+        unit=recipe.unit,
         metric=made.metric,
         selection=made.selection,
         methods=made.methods,
@@ -126,27 +126,14 @@ def _belongs(run: RunScores, rates: Mapping[str, Mapping[int, float]]) -> bool:
     return run.role == "tuning" or rates.get(run.method, {}).get(run.seed) == run.learning_rate
 
 
-def unit_of(recipe: Recipe) -> str:
-    """What one prediction is."""
-    if recipe.model.task == "sequence_classification":
-        return "example"
-    return "byte" if recipe.model.model_name_or_path == "scratch" else "token"
-
-
 def split_facts(recipe: Recipe) -> list[SplitFacts]:
-    """The recipe's splits, as it names them."""
-    roles = {
-        "in distribution": recipe.data.in_distribution,
-        "shifted": recipe.data.shifted,
-        "must not forget": recipe.data.must_not_forget,
-        "auxiliary": recipe.data.auxiliary,
-    }
-    found = []
-    for role, entries in roles.items():
-        for entry in entries:
-            name, _, source = entry.partition("=")
-            found.append(SplitFacts(name, role, None, source, recipe.data.max_eval_examples or 0))  # type: ignore[arg-type]
-    return found
+    """The recipe's splits, as it names them.
+
+    Example:
+        >>> [(split.name, split.role) for split in split_facts(load_recipe("quickstart"))]
+        [('code', 'in distribution'), ('prose', 'must not forget')]
+    """
+    return [SplitFacts(name, role, None, source) for role, name, source in named_splits(recipe.data)]
 
 
 def recipe_of(made: Plan) -> Recipe:

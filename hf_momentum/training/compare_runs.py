@@ -26,7 +26,7 @@ from transformers import PrinterCallback
 
 from hf_momentum.errors import InputError, TrainingStopped
 from hf_momentum.evaluation.results import RunScores
-from hf_momentum.evaluation.scores import scorer
+from hf_momentum.evaluation.scores import scorer, values
 from hf_momentum.training import job
 from hf_momentum.training.compare import BASE, Plan, Run, controls, needed, relevant, tuned
 from hf_momentum.training.ledger import BEAT, Ledger
@@ -78,8 +78,8 @@ def _measured(made: Plan, run: Run) -> RunScores:
     validation = Split("validation", "validation", "", trainer.eval_dataset, 1.0)  # type: ignore[arg-type]
     selected = metrics_on(recipe, trainer, validation)[made.selection]
     scores = {split.name: metrics_on(recipe, trainer, split) for split in prepared.splits if _wanted(made, run, split)}
-    for name, values in {"validation": {made.selection: selected}, **scores}.items():
-        if not all(map(math.isfinite, values.values())):
+    for name, found in {"validation": {made.selection: selected}, **scores}.items():
+        if not all(map(math.isfinite, found.values())):
             raise TrainingStopped(f"a score on {name} is not finite after training")
     return RunScores(
         run.method,
@@ -108,9 +108,7 @@ def _wanted(made: Plan, run: Run, split: Split) -> bool:
 def metrics_on(recipe: Recipe, trainer: Any, split: Split) -> dict[str, float]:
     """Every metric of the task on one split, of the model as it is now."""
     classes = trainer.model.config.num_labels if recipe.model.task != "causal_lm" else 0
-    of = scorer(recipe.model.task, classes, split.bytes_per_token)
-    sums = of.columns(job.measure(trainer, split, "after")).sum(0)
-    return {name: float(metric(sums)) for name, metric in of.metrics.items()}
+    return values(scorer(recipe.model.task, classes, split.bytes_per_token), job.measure(trainer, split, "after"))
 
 
 def _gain(history: list[dict[str, float]]) -> float | None:
@@ -238,8 +236,9 @@ def work(
     try:
         while True:
             ledger.free_dead()
-            records = relevant(made, ledger.records())
-            todo, elsewhere = needed(made, records), ledger.running()
+            told, elsewhere = ledger.look()
+            records = relevant(made, told)
+            todo = needed(made, records)
             free = [one for one in todo if made.key(one) not in elsewhere]
             _show(display, made, records, jobs)
             if not todo:
@@ -307,13 +306,13 @@ def _line(made: Plan, run: Run, record: RunScores) -> str:
     first = next(iter(record.scores), None)
     shown = [f"validation {made.selection} {record.validation:.4g}"]
     if run.role == "test" and first is not None:
-        shown += [f"{name} {values[made.metric]:.4g}" for name, values in record.scores.items()]
+        shown += [f"{name} {found[made.metric]:.4g}" for name, found in record.scores.items()]
     return f"{run}: {', '.join(shown)} after {duration(record.seconds)}"
 
 
 def _show(display: Any, made: Plan, records: Mapping[str, RunScores], jobs: int) -> None:
     least, _ = counts(made, records)
-    done = len([key for key in records])
+    done = len(records)
     display.total, display.n = max(least, done), done
     seconds = seconds_left(made, records, jobs)
     display.set_postfix_str(f"about {duration(seconds)} to go" if seconds else "")

@@ -184,10 +184,9 @@ def train(recipe: Recipe) -> Outcome:
 
     trainer.save_model()
     results = [_result(recipe, *each) for each in zip(splits, before, after, strict=True)]
-    unit = "example" if recipe.model.task != "causal_lm" else "byte" if prepared.from_scratch else "token"
     report = Report(
         title=_title(recipe),
-        unit=unit,
+        unit=recipe.unit,
         splits=results,
         history=trainer.state.log_history,
         facts=_facts(recipe, trainer, prepared.train_split, seconds),

@@ -131,23 +131,31 @@ class Ledger:
     def _trials(self) -> "list[FrozenTrial]":
         return self.storage.get_all_trials(self._id, deepcopy=False)
 
-    def records(self) -> dict[str, RunScores]:
-        """What is known of each run by its name: finished, diverged, or failed since this worker came.
+    def look(self) -> tuple[dict[str, RunScores], set[str]]:
+        """What is known of each run by its name, and the names of those that somebody works on; one reading.
 
-        A result counts once it is written, even if its worker died before it could close the trial.
+        Known are runs that finished or diverged, and those that failed since this worker came. A result counts once it
+        is written, even if its worker died before it could close the trial.
         """
-        found: dict[str, RunScores] = {}
+        known: dict[str, RunScores] = {}
+        running = set()
         for trial in self._trials():
-            told, name = trial.user_attrs.get("record"), trial.user_attrs.get("run")
+            told, name = trial.user_attrs.get("record"), trial.user_attrs["run"]
+            if trial.state.name == "RUNNING":
+                running.add(name)
             if told is None or (told["status"] == "failed" and trial.number in self._old):
                 continue
-            if name not in found or found[name].status == "failed":
-                found[name] = RunScores(**told)
-        return found
+            if name not in known or known[name].status == "failed":
+                known[name] = RunScores(**told)
+        return known, running
+
+    def records(self) -> dict[str, RunScores]:
+        """The first part of `look`."""
+        return self.look()[0]
 
     def running(self) -> set[str]:
-        """Names of the runs that somebody works on."""
-        return {trial.user_attrs["run"] for trial in self._trials() if trial.state.name == "RUNNING"}
+        """The second part of `look`."""
+        return self.look()[1]
 
     def claim(self, name: str, shown: Mapping[str, Any]) -> int | None:
         """Take a run.

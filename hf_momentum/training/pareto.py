@@ -4,7 +4,6 @@ A finished run is one line of `runs.jsonl`. Whoever gives the same command again
 """
 
 import gc
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -28,6 +27,7 @@ from hf_momentum.evaluation.pareto import MAIN_ONLY, ParetoReport, Run
 from hf_momentum.integrations.registry import nearest
 from hf_momentum.training import job
 from hf_momentum.training.arguments import BloopArguments, DataArguments
+from hf_momentum.training.plans import ALONE, check_overrides, digest
 from hf_momentum.training.processes import environment_of_one_process, launched_processes
 from hf_momentum.training.quiet import quiet
 from hf_momentum.training.recipe import Recipe, load_recipe
@@ -38,13 +38,9 @@ SURGERIES: tuple[str, ...] = get_args(get_type_hints(BloopArguments)["surgery"])
 
 # What the grid decides in every run; the rest is the recipe's.
 _SET = {
-    "save_strategy": "no",
-    "load_best_model_at_end": "false",
-    "push_to_hub": "false",
+    **ALONE,
     "logging_strategy": "no",
     "log_dynamics": "false",
-    "report_to": "none",
-    "disable_tqdm": "true",
 }
 _VARIED = {"surgery", "lam", "seed", "data_seed", "output_dir"}
 _NOT_TO_GIVE = {
@@ -202,10 +198,7 @@ def plan(
     if launched_processes() > 1:
         raise InputError("pareto runs each point on one process; start it without a launcher (--jobs runs several)")
     _check_grid(surgeries, lambdas, seeds)
-    for word in overrides:
-        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        if word.startswith("--") and name in _NOT_TO_GIVE:
-            raise InputError(f"--{name} is set by the grid; {_NOT_TO_GIVE[name]}")
+    check_overrides(overrides, _NOT_TO_GIVE, "the grid")
     recipe = load_recipe(config, [*overrides, f"--output_dir={folder}"])
     if not recipe.bloop.aux_dataset:
         raise InputError("the recipe has no auxiliary data; name some with aux_dataset: [NAME=SOURCE@SPLIT]")
@@ -222,7 +215,7 @@ def plan(
         main=_chosen("main", main, recipe.data.in_distribution, recipe.data),
         auxiliary=_chosen("auxiliary", auxiliary, recipe.data.auxiliary, recipe.data),
         folder=folder,
-        digest=_digest(recipe),
+        digest=digest(recipe, {*_VARIED, *_SET}),
     )
     if made.main == made.auxiliary:
         raise InputError(f"main and auxiliary are the same split, {made.main!r}; a front needs two")
@@ -268,12 +261,6 @@ def _chosen(argument: str, name: str | None, default: Sequence[str], data: DataA
             f"--{argument} {name!r} is no split of the recipe{nearest(name, names)}; it has {', '.join(names)}"
         )
     return name
-
-
-def _digest(recipe: Recipe) -> str:
-    kept = {name: value for name, value in recipe.given.items() if name not in _VARIED and name not in _SET}
-    kept["hf-momentum"] = importlib.metadata.version("hf-momentum")
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # ---- one run ---------------------------------------------------------------------------------------------------------
@@ -520,17 +507,12 @@ def report(made: Plan, records: Mapping[Point, Record]) -> ParetoReport:
         point: (record.losses[made.main], record.losses[made.auxiliary]) if record.losses else None
         for point, record in records.items()
     }
-    unit = (
-        "example"
-        if recipe.model.task == "sequence_classification"
-        else ("byte" if recipe.model.model_name_or_path == "scratch" else "token")
-    )
     ends = {"stopped": "it has no point on its front", "failed": "its seed is not compared until it has been run again"}
     return ParetoReport(
         title=f"{recipe.name}: main loss on {made.main} against auxiliary loss on {made.auxiliary}",
         main=made.main,
         auxiliary=made.auxiliary,
-        unit=unit,
+        unit=recipe.unit,
         methods=made.surgeries,
         lambdas=made.lambdas,
         seeds=made.seeds,

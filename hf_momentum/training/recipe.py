@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 from transformers.trainer_optimizer import is_optimizer_factory
 
 from hf_momentum.errors import InputError
+from hf_momentum.evaluation.suite import refuse_repeated_keys
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.integrations.registry import nearest
 from hf_momentum.integrations.transformers_hook import keyword_arguments
@@ -55,6 +56,13 @@ class Recipe:
     peft: PeftArguments
     bloop: BloopArguments
     training: MomentumTrainingArguments
+
+    @property
+    def unit(self) -> str:
+        """What one prediction is: "example", "byte" or "token"."""
+        if self.model.task != "causal_lm":
+            return "example"
+        return "byte" if self.model.model_name_or_path == "scratch" else "token"
 
     def to_yaml(self) -> str:
         """The recipe as flat YAML, overrides included."""
@@ -156,12 +164,7 @@ class _Words(yaml.BaseLoader):
     """Leaves every scalar as written, and refuses a key that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.constructor.ConstructorError(None, None, f"{key_node.value!r} is given twice (line {line})")
-            seen.add(key_node.value)
+        refuse_repeated_keys(node)
         return super().construct_mapping(node, deep)
 
 

@@ -10,6 +10,7 @@ import huggingface_hub.errors
 from transformers import PreTrainedTokenizerBase
 
 from hf_momentum.errors import InputError
+from hf_momentum.evaluation.results import Role
 from hf_momentum.training import corpus
 from hf_momentum.training.arguments import DataArguments
 from hf_momentum.training.recipe import OFFLINE_RECIPE, split_name
@@ -112,6 +113,25 @@ class Split:
     bytes_per_token: float
 
 
+def named_splits(data: DataArguments) -> list[tuple[Role, str, str]]:
+    """Role, name and source of each evaluation split, in the recipe's order.
+
+    Raises:
+        InputError: an entry is not of the form NAME=SOURCE@SPLIT.
+
+    Example:
+        >>> named_splits(DataArguments(shifted=["prose=stdlib:prose@test"]))
+        [('shifted', 'prose', 'stdlib:prose@test')]
+    """
+    roles: dict[Role, list[str]] = {
+        "in distribution": data.in_distribution,
+        "shifted": data.shifted,
+        "must not forget": data.must_not_forget,
+        "auxiliary": data.auxiliary,
+    }
+    return [(role, *split_name(entry)) for role, entries in roles.items() for entry in entries]
+
+
 class Loader:
     """Loads splits for one task, with one tokenizer.
 
@@ -150,20 +170,11 @@ class Loader:
 
     def evaluation(self) -> list[Split]:
         """All named splits, in the recipe's order."""
-        roles = {
-            "in distribution": self.data.in_distribution,
-            "shifted": self.data.shifted,
-            "must not forget": self.data.must_not_forget,
-            "auxiliary": self.data.auxiliary,
-        }
-        splits = []
-        for role, entries in roles.items():
-            for entry in entries:
-                name, source = split_name(entry)
-                if name in [split.name for split in splits]:
-                    raise InputError(f"two splits are called {name!r}")
-                rows = self._rows(source)
-                splits.append(self._split(name, role, source, rows, self.data.max_eval_examples))
+        splits: list[Split] = []
+        for role, name, source in named_splits(self.data):
+            if name in [split.name for split in splits]:
+                raise InputError(f"two splits are called {name!r}")
+            splits.append(self._split(name, role, source, self._rows(source), self.data.max_eval_examples))
         return splits
 
     def _rows(self, source: str) -> datasets.Dataset:

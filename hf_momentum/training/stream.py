@@ -7,7 +7,6 @@ only what has none.
 """
 
 import gc
-import hashlib
 import importlib.metadata
 import json
 import shlex
@@ -26,6 +25,7 @@ from hf_momentum.evaluation.forgetting import StreamReport
 from hf_momentum.evaluation.metrics import Estimate
 from hf_momentum.evaluation.scores import metric_names, scorer, scores
 from hf_momentum.training import job
+from hf_momentum.training.plans import ALONE, check_overrides, digest
 from hf_momentum.training.processes import launched_processes
 from hf_momentum.training.quiet import quiet
 from hf_momentum.training.recipe import Recipe, load_recipe, split_name
@@ -36,14 +36,10 @@ Scores = Mapping[str, Mapping[str, Estimate]]  # by domain and metric
 
 # What a stream decides in every stage; the rest is the recipe's.
 _SET = {
-    "save_strategy": "no",
+    **ALONE,
     "eval_strategy": "no",
-    "load_best_model_at_end": "false",
-    "push_to_hub": "false",
     "logging_strategy": "no",
     "log_dynamics": "false",
-    "report_to": "none",
-    "disable_tqdm": "true",
 }
 _VARIED = {"seed", "data_seed", "output_dir", "train_dataset", "in_distribution", "shifted", "must_not_forget"}
 _NOT_TO_GIVE = {
@@ -155,10 +151,7 @@ def plan(
         raise InputError(f"domain {missing[0]!r} has no evaluation data; add {missing[0]}=SOURCE@SPLIT to --eval")
     if seeds < 1:
         raise InputError(f"seeds must be at least 1, got {seeds}; intervals need at least 2")
-    for word in overrides:
-        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        if word.startswith("--") and name in _NOT_TO_GIVE:
-            raise InputError(f"--{name} is set by the stream; {_NOT_TO_GIVE[name]}")
+    check_overrides(overrides, _NOT_TO_GIVE, "the stream")
     made = Plan(config, list(overrides), trained, measured, [0], metric or "", folder, "")
     recipe = load_recipe(
         config, [*overrides, f"--train_dataset={trained[next(iter(trained))]}", f"--output_dir={folder}"]
@@ -176,7 +169,7 @@ def plan(
         seeds=[recipe.training.seed + index for index in range(seeds)],
         metric=metric or accepted[0],
         folder=folder,
-        digest=_digest(recipe, trained, measured),
+        digest=digest(recipe, {*_VARIED, *_SET}, domains=list(trained.items()), evaluation=sorted(measured.items())),
     )
     made.recipe(made.seeds[0], 1)
     return made
@@ -192,13 +185,6 @@ def _named(argument: str, entries: Sequence[str]) -> dict[str, str]:
             raise InputError(f"{argument}: the name {name!r} becomes a folder; use letters, digits, - and _")
         named[name] = source
     return named
-
-
-def _digest(recipe: Recipe, trained: Mapping[str, str], measured: Mapping[str, str]) -> str:
-    kept = {name: value for name, value in recipe.given.items() if name not in _VARIED and name not in _SET}
-    kept |= {"domains": list(trained.items()), "evaluation": sorted(measured.items())}
-    kept["hf-momentum"] = importlib.metadata.version("hf-momentum")
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # ---- one stage -------------------------------------------------------------------------------------------------------

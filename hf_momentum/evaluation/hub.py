@@ -1,0 +1,47 @@
+"""Results as the Hub shows them beside a model: entries of `model-index`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_momentum.evaluation.metrics import Estimate
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+
+def eval_results(
+    task: str, name: str, role: str, source: str, scores: Mapping[str, Estimate], labels: Mapping[str, str]
+) -> "list[EvalResult]":
+    """One entry for each metric of a split, with its interval in words.
+
+    Args:
+        task: as the Hub calls it, such as "text-generation".
+        name, role: of the split.
+        source: SOURCE@SPLIT; of a file or folder of one machine its name alone is told.
+        scores: by metric.
+        labels: what people call each metric.
+
+    Example:
+        >>> scores, labels = {"accuracy": Estimate(0.5, 0.4, 0.6)}, {"accuracy": "acc"}
+        >>> found = eval_results("text-classification", "a", "shifted", "/here/a.jsonl@test", scores, labels)
+        >>> found[0].dataset_type, found[0].dataset_split, found[0].metric_name
+        ('a.jsonl', 'test', 'acc, 95 % over examples [0.4000, 0.6000]')
+    """
+    from huggingface_hub import EvalResult
+
+    place, _, split = source.partition("@")
+    path = Path(place)
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=path.name if path.suffix or path.is_absolute() else place or name,
+            dataset_name=f"{name} ({role})",
+            dataset_config=name,  # the Hub joins results of what has no other name
+            dataset_split=split or None,
+            metric_type=metric,
+            metric_name=f"{labels[metric]}, 95 % over examples [{one.low:.4f}, {one.high:.4f}]",
+            metric_value=round(one.value, 6),
+        )
+        for metric, one in scores.items()
+    ]
