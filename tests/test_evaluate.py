@@ -31,7 +31,8 @@ from hf_momentum.evaluation.suite import SuiteSplit, read_suite
 from hf_momentum.training import job, load_recipe
 from hf_momentum.training.evaluate import Settings, evaluate, measure
 from hf_momentum.training.evaluated import load_evaluated
-from hf_momentum.training.suite_rows import class_numbers, load_rows, windows
+from hf_momentum.training.examples import class_numbers, windows
+from hf_momentum.training.suite_rows import load_rows
 from hf_momentum.training.suite_trainer import suite_datasets, suite_metrics
 from hf_momentum.training.tokenizer import byte_tokenizer
 from tests.conftest import write_rows

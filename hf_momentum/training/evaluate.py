@@ -25,9 +25,10 @@ from hf_momentum.evaluation.measured import (
 from hf_momentum.evaluation.suite import CLASSIFIERS, Suite, SuiteSplit
 from hf_momentum.training import corpus
 from hf_momentum.training.evaluated import Evaluated, load_evaluated
+from hf_momentum.training.examples import outputs_of, taken_by_number
 from hf_momentum.training.harness import harness, measure_task
 from hf_momentum.training.job import peak_memory
-from hf_momentum.training.suite_rows import ROWS, load_rows, load_suite, outputs_of, taken_by_number
+from hf_momentum.training.suite_rows import ROWS, load_rows, load_suite
 
 __all__ = ["Settings", "command_of", "evaluate", "load_suite", "measure"]
 

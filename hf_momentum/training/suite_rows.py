@@ -2,15 +2,11 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import datasets
 import numpy as np
-import torch
-from datasets import ClassLabel
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
 from hf_momentum.errors import InputError
 from hf_momentum.evaluation.corruptions import corrupt
@@ -18,12 +14,9 @@ from hf_momentum.evaluation.metrics import token_statistics
 from hf_momentum.evaluation.scores import classification_rows, generation_rows
 from hf_momentum.evaluation.suite import CLASSIFIERS, Suite, SuiteSplit, overridden_sources, read_suite
 from hf_momentum.training.evaluated import Evaluated
+from hf_momentum.training.examples import Examples, on_device, picture_examples, text_examples, window_examples
 from hf_momentum.training.recipe import find_shipped
 from hf_momentum.training.sources import Source
-
-IGNORED = -100  # what torch calls a target that is not predicted
-_GENERIC = re.compile(r"(LABEL_)?\d+", re.IGNORECASE)
-
 
 # ---- the suite, and the rows of its data ----------------------------------------------------------------------------
 
@@ -105,146 +98,21 @@ def _check_labelled(rows: datasets.Dataset, split: SuiteSplit) -> None:
             )
 
 
-def class_numbers(rows: datasets.Dataset, split: SuiteSplit, outputs: Sequence[str]) -> list[int]:
-    """For each example the number of the model's output that stands for its class.
-
-    Classes with names are found by name, whatever their case; numbers by name where the model's outputs are called
-    that, and otherwise as they are.
-
-    Args:
-        rows: of the split.
-        split: its `classes` go before `outputs`.
-        outputs: what the model calls its outputs, in their order.
-
-    Raises:
-        InputError: a class that the model lacks.
-
-    Example:
-        >>> rows = datasets.Dataset.from_dict({"label": ["neg", "pos", "neg"]})
-        >>> class_numbers(rows, SuiteSplit("a", "in distribution"), ["NEG", "POS"])
-        [0, 1, 0]
-        >>> rows = datasets.Dataset.from_dict({"label": [1, 0]})
-        >>> class_numbers(rows, SuiteSplit("a", "in distribution"), ["LABEL_0", "LABEL_1"])
-        [1, 0]
-    """
-    if split.classes and len(split.classes) != len(outputs):
-        raise InputError(
-            f"split {split.name!r} names {len(split.classes)} classes and the model has {len(outputs)} outputs"
-        )
-    outputs = split.classes or outputs
-    values, words = _classes(rows, split)
-    places = {name.casefold(): number for number, name in enumerate(outputs)}
-    lacking = [word for word in words.values() if word.casefold() not in places]
-    if not lacking:
-        return [places[words[value].casefold()] for value in values]
-    if taken_by_number(rows, split, outputs):
-        lacking = [str(value) for value in words if not 0 <= value < len(outputs)]
-        if not lacking:
-            return values
-    raise InputError(
-        f"split {split.name!r} has class {lacking[0]!r}, which the model lacks: its outputs are "
-        f"{', '.join(outputs[:20])}. If they are called otherwise in the data, name them in the suite, in the model's "
-        f"order: classes: [{', '.join(words.values())}]"
-    )
-
-
-def taken_by_number(rows: datasets.Dataset, split: SuiteSplit, outputs: Sequence[str]) -> bool:
-    """Whether classes are numbers that no output is called after, so that 0 stands for the first one, and so on.
-
-    Names that only one side has are no reason to guess: such classes are found by name or not at all.
-
-    Example:
-        >>> rows = datasets.Dataset.from_dict({"label": [1, 0]})
-        >>> taken_by_number(rows, SuiteSplit("a", "in distribution"), ["NEGATIVE", "POSITIVE"])
-        True
-    """
-    outputs = split.classes or outputs
-    values, words = _classes(rows, split)
-    named = isinstance(rows.features[split.label_column], ClassLabel)
-    generic = all(_GENERIC.fullmatch(name) for name in outputs)
-    unknown = not {word.casefold() for word in words.values()} & {name.casefold() for name in outputs}
-    return unknown and all(isinstance(value, int) for value in values) and (generic or not named)
-
-
-def _classes(rows: datasets.Dataset, split: SuiteSplit) -> tuple[list[Any], dict[Any, str]]:
-    """The class of every example, and what each class is called."""
-    feature = rows.features[split.label_column]
-    values = [_whole(value) for value in rows[split.label_column]]
-    named = isinstance(feature, ClassLabel)
-    return values, {value: feature.names[value] if named else str(value) for value in dict.fromkeys(values)}
-
-
-def _whole(value: Any) -> Any:
-    """Numbers as integers, as far as they are whole; True is 1."""
-    return int(value) if isinstance(value, bool | float) and value == int(value) else value
-
-
 # ---- language models -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Window:
-    """A part of a document: tokens that are predicted, and those before them."""
-
-    context: Sequence[int]
-    predicted: Sequence[int]
-
-
-def windows(tokens: Sequence[int], prefix: int, length: int) -> Iterator[Window]:
-    """Cut a document so that every token is predicted once, by a model that takes `length` tokens.
-
-    The first token is predicted from `prefix`, the others from what stands before them in their window. The last window
-    is as long as the others: its first tokens are context alone.
-
-    Example:
-        >>> [(w.context, w.predicted) for w in windows([1, 2, 3, 4, 5], prefix=0, length=3)]
-        [([0], [1, 2, 3]), ([2, 3], [4, 5])]
-    """
-    if tokens:
-        yield Window([prefix], tokens[:length])
-    for start in range(length, len(tokens), length):
-        stop = min(start + length, len(tokens))
-        yield Window(tokens[stop - length - 1 : start], tokens[start:stop])
-
-
-def prefix_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that a document's first token is predicted from: the beginning, or else the end of a text.
-
-    Raises:
-        InputError: the tokenizer has neither.
-    """
-    prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if prefix is None:
-        raise InputError("the tokenizer has neither bos_token nor eos_token, so a text's first token has no context")
-    return int(prefix)
 
 
 def language_rows(evaluated: Evaluated, rows: datasets.Dataset, split: SuiteSplit, batch_size: int) -> np.ndarray:
     """`[documents, 4]`: summed negative log-likelihood (nats), tokens, tokens predicted right, UTF-8 bytes."""
-    tokenizer, model, device = evaluated.processor, evaluated.model, evaluated.device
-    texts = [str(text) for text in rows[split.text_column]]
-    length = min((limit for limit in (split.block_size, evaluated.context) if limit), default=2048)
-    prefix = prefix_of(tokenizer)
-    documents = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    parts = [(number, window) for number, ids in enumerate(documents) for window in windows(ids, prefix, length)]
-    if not parts:
-        raise InputError(f"split {split.name!r}: no text of {split.source} holds a token")
-    found = np.zeros((len(texts), 4))
-    found[:, 3] = [len(text.encode()) for text in texts]
-    sizes = [len(window.context) + len(window.predicted) - 1 for _, window in parts]
-    for batch in batches(sizes, batch_size, split.name):
-        inputs = torch.zeros(len(batch), max(sizes[index] for index in batch), dtype=torch.long)
-        targets, mask = torch.full_like(inputs, IGNORED), torch.zeros_like(inputs)
-        for place, index in enumerate(batch):
-            window, size = parts[index][1], sizes[index]
-            inputs[place, :size] = torch.tensor([*window.context, *window.predicted][:-1])
-            targets[place, size - len(window.predicted) : size] = torch.tensor(window.predicted)
-            mask[place, :size] = 1
-        logits = model(input_ids=inputs.to(device), attention_mask=mask.to(device)).logits
+    examples = window_examples(evaluated, rows, split)
+    found = np.zeros((len(rows), 4))
+    found[:, 3] = [len(str(text).encode()) for text in rows[split.text_column]]
+    for batch in batches(examples.sizes, batch_size, split.name):
+        given, targets = on_device(evaluated, examples.inputs(batch)), examples.targets(batch).to(evaluated.device)
+        logits = evaluated.model(**given).logits
         for place, index in enumerate(batch):
             # One at a time: float32 logits of a whole batch may not fit beside the model.
-            counted = token_statistics(logits[place : place + 1], targets[place : place + 1].to(device))
-            found[parts[index][0], :3] += counted[0].cpu().numpy()
+            counted = token_statistics(logits[place : place + 1], targets[place : place + 1])
+            found[examples.rows[index], :3] += counted[0].cpu().numpy()
     return found
 
 
@@ -295,49 +163,19 @@ def extracted(text: str, pattern: str | None) -> str:
 
 def classified_rows(evaluated: Evaluated, rows: datasets.Dataset, split: SuiteSplit, batch_size: int) -> np.ndarray:
     """`[examples, 6]` of `classification_rows` for texts."""
-    tokenizer = evaluated.processor
-    labels = class_numbers(rows, split, outputs_of(evaluated.model))
-    length = min((limit for limit in (split.block_size, evaluated.context) if limit), default=None)
-    texts = [str(text) for text in rows[split.text_column]]
-    encoded = tokenizer(texts, truncation=length is not None, max_length=length)
-    sizes = [len(ids) for ids in encoded["input_ids"]]
-
-    def inputs(batch: Sequence[int]) -> Mapping[str, torch.Tensor]:
-        return tokenizer.pad({key: [value[i] for i in batch] for key, value in encoded.items()}, return_tensors="pt")
-
-    return _classified(evaluated, inputs, labels, batches(sizes, batch_size, split.name))
+    return _classified(evaluated, text_examples(evaluated, rows, split), split, batch_size)
 
 
 def pictured_rows(evaluated: Evaluated, rows: datasets.Dataset, split: SuiteSplit, batch_size: int) -> np.ndarray:
     """`[examples, 6]` of `classification_rows` for pictures."""
-    labels = class_numbers(rows, split, outputs_of(evaluated.model))
-    mode = "L" if getattr(evaluated.model.config, "num_channels", 3) == 1 else "RGB"
-
-    def inputs(batch: Sequence[int]) -> Mapping[str, torch.Tensor]:
-        pictures = [picture.convert(mode) for picture in rows[list(batch)][split.image_column]]
-        return evaluated.processor(images=pictures, return_tensors="pt")
-
-    return _classified(evaluated, inputs, labels, batches([1] * len(rows), batch_size, split.name))
+    return _classified(evaluated, picture_examples(evaluated, rows, split), split, batch_size)
 
 
-def outputs_of(model: Any) -> list[str]:
-    """What a classifier calls its outputs, in their order."""
-    return [str(model.config.id2label.get(number, number)) for number in range(model.config.num_labels)]
-
-
-def _classified(
-    evaluated: Evaluated,
-    inputs: Callable[[Sequence[int]], Mapping[str, torch.Tensor]],
-    labels: Sequence[int],
-    parts: Iterator[Sequence[int]],
-) -> np.ndarray:
-    found = np.zeros((len(labels), 6))
-    for batch in parts:
-        given = {name: value.to(evaluated.device) for name, value in inputs(batch).items()}
-        if "pixel_values" in given:
-            given["pixel_values"] = given["pixel_values"].to(evaluated.model.dtype)
-        logits = evaluated.model(**given).logits
-        found[batch] = classification_rows(logits, torch.tensor([labels[i] for i in batch]).to(logits.device)).cpu()
+def _classified(evaluated: Evaluated, examples: Examples, split: SuiteSplit, batch_size: int) -> np.ndarray:
+    found = np.zeros((len(examples), 6))
+    for batch in batches(examples.sizes, batch_size, split.name):
+        logits = evaluated.model(**on_device(evaluated, examples.inputs(batch))).logits
+        found[batch] = classification_rows(logits, examples.targets(batch).to(logits.device)).cpu()
     return found
 
 

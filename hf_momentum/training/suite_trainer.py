@@ -12,7 +12,8 @@ from hf_momentum.errors import InputError
 from hf_momentum.evaluation.metrics import causal_lm_statistics
 from hf_momentum.evaluation.scores import classification_rows, scorer
 from hf_momentum.evaluation.suite import Suite, SuiteSplit
-from hf_momentum.training.suite_rows import IGNORED, class_numbers, load_rows, prefix_of, windows
+from hf_momentum.training.examples import IGNORED, class_numbers, prefix_of, windows
+from hf_momentum.training.suite_rows import load_rows
 
 TASKS = ("causal_lm", "sequence_classification")
 
