@@ -18,7 +18,6 @@ interval is value * exp(+-1.96 s), s the standard deviation of the log of the re
 linear in g as long as no sign changes; its spread is that of sum sign(w g) w g_stretch.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +76,7 @@ def collect(
     group_of: Sequence[int],
     groups: int,
     backward: Callable[[Tensor], None] = Tensor.backward,
+    average: Callable[[Tensor], Tensor] = torch.clone,
     weights: Mapping[int, Tensor] | None = None,
     seed: int = 0,
 ) -> Gradients:
@@ -91,6 +91,7 @@ def collect(
         group_of: for each tensor of `gradients.layout`, in its order, the number of its group.
         groups: how many there are.
         backward: of the wrapper.
+        average: the mean of a number over all processes.
         weights: in place of a tensor's own values, by row; for tensors that are whole.
         seed: of the sketch.
 
@@ -101,11 +102,11 @@ def collect(
     owners = {row: group for group, rows in layout.reduce_over.items() for row in rows}
     stretches = _Stretches(SignSketch(seed=seed), group_of, groups, owners)
     gradients.drop()
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64)
     for batch in batches:
         loss, count = loss_of(batch)
         backward(loss)
-        total += float(loss.detach())
+        total = total.to(loss.device) + loss.detach()
         gradients.keep()
         stretches.add(count, lambda: gradients.pieces(lambda holder: False))
     if stretches.predictions == 0:
@@ -120,10 +121,11 @@ def collect(
         stretches.sketch(piece, here * torch.sign(here * piece.grad), signed)
     gradients.drop()
     squares, norms, products = _by_group(layout.totals(table), group_of, groups).T.numpy()
-    summed = layout.joined(sketches)
-    direction = layout.joined(signed) if signed else torch.zeros(summed.shape[1:], dtype=torch.float64)
+    width = stretches.sketcher.width
+    summed = layout.joined(sketches, (len(counts), groups, width))
+    direction = layout.joined(signed, (groups, width))
     return Gradients(
-        loss=total,
+        loss=float(average(total)),
         counts=np.array(counts, dtype=np.float64),
         squares=squares,
         weights=norms,
@@ -268,7 +270,7 @@ def compare(errors: Gradients, right: Gradients | None, numel: Sequence[int], se
 
     Example:
         >>> one = Gradients(2.0, np.array([1.0, 1.0]), *np.ones((3, 1)), np.full((1, 2, 2), 0.25), np.full((1, 2), 0.5))
-        >>> compare(one, one, [4]).contrast[0].value, compare(one, None, [4]).contrast
+        >>> round(compare(one, one, [4]).contrast[0].value, 6), compare(one, None, [4]).contrast
         (1.0, [])
     """
     wrong = attribution(errors, numel, seed)
@@ -325,13 +327,3 @@ def _noise(found: Gradients) -> list[float] | None:
     rows = found.gram.sum(2)  # <G_stretch, G>
     residual = (np.einsum("gss->gs", found.gram) - 2 * share * rows + share**2 * found.gram.sum((1, 2))[:, None]).sum(1)
     return [min(1.0, max(0.0, float(one))) for one in residual * stretches / (stretches - 1) / whole]
-
-
-def sketch_error(width: int = 1021) -> float:
-    """The relative standard deviation of a squared norm by its sketch.
-
-    Example:
-        >>> round(sketch_error(), 3)
-        0.044
-    """
-    return math.sqrt(2 / width)

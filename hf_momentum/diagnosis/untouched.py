@@ -14,8 +14,8 @@ def untouched(model: nn.Module, differentiated: Sequence[Tensor] = ()) -> Iterat
     """Put a model into evaluation mode, with gradients for some of its parameters alone, and put everything back.
 
     Gradients that the parameters had are set aside without a copy, and are there again afterwards, also if an error is
-    raised inside. Buffers, which a forward pass may change even in evaluation mode, are copied. Weights are not: nothing
-    that stays inside `torch.autograd` moves them.
+    raised inside. Buffers, which a forward pass may change even in evaluation mode, are copied. Weights are not: no
+    forward or backward pass moves them.
 
     Args:
         model: not wrapped; what wraps it may be made and dropped inside.

@@ -131,6 +131,27 @@ class Layout:
             table = torch.stack(lines)
         return table
 
+    def joined(self, parts: Mapping[dist.ProcessGroup | None, Tensor], shape: Sequence[int]) -> Tensor:
+        """Sums over all tensors, from this process's sums over the pieces of those that it shares with each group.
+
+        Args:
+            parts: by the process group whose members hold different pieces of the tensors, as in `reduce_over`; those of
+                tensors that are whole under None. A group of whose tensors nothing lies here may be left out.
+            shape: of each.
+
+        Returns:
+            float64 on the CPU, the same on every process bit for bit.
+
+        Example:
+            >>> Layout("whole tensors", (1,)).joined({None: torch.ones(2)}, [2])
+            tensor([1., 1.], dtype=torch.float64)
+        """
+        nothing = torch.zeros(*shape, dtype=torch.float64)
+        total = parts.get(None, nothing).to("cpu", torch.float64)
+        for group in self.reduce_over:  # all members call, also those that hold nothing
+            total = total + _all_reduce(parts.get(group, nothing).to("cpu", torch.float64), group)
+        return total
+
 
 def _all_reduce(table: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of `table` over `group`, by way of the accelerator if the group cannot take tensors of its device."""

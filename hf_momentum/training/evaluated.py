@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -29,6 +30,13 @@ _CLASSES: Mapping[str, Any] = {
     "sequence_classification": AutoModelForSequenceClassification,
     "image_classification": AutoModelForImageClassification,
 }
+_ARCHITECTURES: Mapping[str, str] = {
+    "ForSequenceClassification": "sequence_classification",
+    "ForImageClassification": "image_classification",
+    "ForCausalLM": "causal_lm",
+    "LMHeadModel": "causal_lm",
+}
+_ADAPTED: Mapping[str, str] = {"SEQ_CLS": "sequence_classification", "CAUSAL_LM": "causal_lm"}
 # The last layer of a classifier, as models of the Hub call it.
 _HEADS = ("score", "classifier", "classification_head", "pre_classifier", "fc", "head")
 
@@ -99,6 +107,50 @@ def load_evaluated(
         return _load(place, str(folder), task, on, dtype, None)
     with tempfile.TemporaryDirectory() as temporary:
         return _load(place, str(export(folder, Path(temporary) / "model")), task, on, dtype, None)
+
+
+def task_of(place: str, revision: str | None = None) -> str:
+    """The task that a model was trained for, by its configuration or that of its adapters.
+
+    Raises:
+        InputError: there is no such model, or it does not say.
+
+    Example:
+        >>> task_of("no/such/folder")
+        Traceback (most recent call last):
+        ...
+        hf_momentum.errors.InputError: the task of model 'no/such/folder' cannot be told...
+    """
+    folder = Path(place).expanduser()
+    source = str(folder) if folder.is_dir() else place
+    try:
+        adapter = _adapter(source, revision)
+        if adapter is not None and adapter.task_type is not None:
+            return _ADAPTED[str(getattr(adapter.task_type, "value", adapter.task_type))]
+        config = AutoConfig.from_pretrained(
+            source if adapter is None else str(adapter.base_model_name_or_path), revision=revision
+        )
+        words = (config.architectures or [""])[0]
+        return next(task for ending, task in _ARCHITECTURES.items() if words.endswith(ending))
+    except (OSError, ValueError, KeyError, StopIteration, *NETWORK_ERRORS) as error:
+        raise InputError(
+            f"the task of model {place!r} cannot be told ({type(error).__name__}); give it with --task: "
+            f"{', '.join(_CLASSES)}"
+        ) from error
+
+
+def untrained(evaluated: Evaluated, task: str, seed: int) -> Evaluated:
+    """A model of the same architecture with random weights: what scores say of it, they say of no training.
+
+    Example:
+        >>> load_evaluated  # then: untrained(load_evaluated("my-model", "causal_lm"), "causal_lm", seed=0)
+        <function load_evaluated ...
+    """
+    model = evaluated.model.get_base_model() if isinstance(evaluated.model, PeftModel) else evaluated.model
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        random = _CLASSES[task].from_config(model.config, dtype=model.dtype)
+    return Evaluated(f"{evaluated.place} (random weights)", random.to(evaluated.device).eval(), evaluated.processor)
 
 
 def find_device(name: str | None) -> torch.device:
