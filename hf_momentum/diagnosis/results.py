@@ -114,6 +114,8 @@ class Verified:
         flips: of single predictions.
         p_value: exact, two-sided, of as many fixed as broken ones; over rows where a row has many predictions.
         before, after: the share that is right, with intervals over rows.
+        rows_better, rows_worse: rows with more, or fewer, right predictions after; what the p-value is about. None
+            where each row has one prediction.
     """
 
     name: str
@@ -124,6 +126,8 @@ class Verified:
     p_value: float
     before: Estimate
     after: Estimate
+    rows_better: int | None = None
+    rows_worse: int | None = None
 
 
 @dataclass(frozen=True)
