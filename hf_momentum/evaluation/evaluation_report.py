@@ -30,7 +30,7 @@ from hf_momentum.evaluation.metrics import Estimate
 from hf_momentum.evaluation.results import Point, ReliabilityBin, SplitScores
 from hf_momentum.evaluation.robustness import Line
 from hf_momentum.evaluation.scores import worst_group
-from hf_momentum.evaluation.writing import listed, write_whole
+from hf_momentum.evaluation.writing import listed, short, write_whole
 
 KIND = "hf-momentum evaluation"
 
@@ -134,7 +134,7 @@ class EvaluationReport:
         """
         from huggingface_hub import ModelCardData
 
-        name = _short(self.model)
+        name = short(self.model)
         results = [
             result
             for split in self.splits
@@ -214,7 +214,7 @@ class EvaluationReport:
         blocks.append(Heading("Run it again"))
         blocks.append(Code(self.command, "bash"))
         blocks.append(Details("The suite", [Code(self.suite_yaml.strip(), "yaml")]))
-        return Document(literal(f"{_short(self.model)} on {self.suite}"), blocks)
+        return Document(literal(f"{short(self.model)} on {self.suite}"), blocks)
 
     def write(self, folder: Path) -> Path:
         """Write `report.json`, `report.md`, `report.html`, `plots/*.png` and `card.md` (for the model's README).
@@ -347,15 +347,15 @@ class EvaluationReport:
         ]
 
     def _scatter(self, one: Robustness) -> Picture:
-        shorts = [_short(point.label) for point in one.baselines]
-        names = shorts if len({*shorts, _short(self.model)}) > len(shorts) else [point.label for point in one.baselines]
+        shorts = [short(point.label) for point in one.baselines]
+        names = shorts if len({*shorts, short(self.model)}) > len(shorts) else [point.label for point in one.baselines]
         points = {name: [point] for name, point in zip(names, one.baselines, strict=True)}
         return Picture(
             f"robustness_{_file(one.split)}",
             f"{_words(one.metric).capitalize()} on {literal(one.split)} against that on {literal(one.other)}.",
-            f"{_words(one.metric)} on {one.split} against {one.other}, for {listed([*names, _short(self.model)])}",
+            f"{_words(one.metric)} on {one.split} against {one.other}, for {listed([*names, short(self.model)])}",
             pictures.shift_scatter(
-                {**points, _short(self.model): [one.point]},
+                {**points, short(self.model): [one.point]},
                 one.line,
                 names,
                 f"{_words(one.metric)} on {one.other}",
@@ -389,7 +389,7 @@ class EvaluationReport:
             "splits",
             f"{_words(metric).capitalize()} on every split, with 95 % intervals over examples.",
             f"Bars of {_words(metric)} for {listed(list(shown))}",
-            pictures.split_bars({_short(self.model): shown}, _words(metric)),
+            pictures.split_bars({short(self.model): shown}, _words(metric)),
         )
 
     def _corruptions(self) -> list[Block]:
@@ -453,7 +453,7 @@ class EvaluationReport:
             ]
             for one in self.changes
         ]
-        caption = f"This model less {literal(_short(self.base or ''))}, over the same examples."
+        caption = f"This model less {literal(short(self.base or ''))}, over the same examples."
         return [
             Heading("Against the base model"),
             Table(["split", "role", *map(_words, self._metrics)], rows, left=2, caption=caption),
@@ -486,12 +486,6 @@ def _what(split: SplitScores) -> str:
     if split.corruption is not None:
         return f"shifted: {split.corruption}, severity {split.severity}"
     return f"{split.role}: {split.kind}" if split.kind else split.role
-
-
-def _short(place: str) -> str:
-    """A path is a long story about one machine: its end says what it is."""
-    path = Path(place)
-    return str(Path(*path.parts[-2:])) if path.is_absolute() else place
 
 
 def _ending(place: str) -> str:

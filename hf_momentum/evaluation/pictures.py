@@ -23,6 +23,7 @@ from hf_momentum.evaluation.intervals import Interval
 from hf_momentum.evaluation.metrics import Estimate
 from hf_momentum.evaluation.results import Point, ReliabilityBin
 from hf_momentum.evaluation.robustness import Line
+from hf_momentum.evaluation.writing import significant
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -355,11 +356,34 @@ def forgetting_matrix(
     if not rows or not columns or [len(row) for row in values] != [len(columns)] * len(rows):
         shape = f"{len(values)} rows of {sorted({len(row) for row in values})}"
         raise ValueError(f"values of a matrix must be {len(rows)} rows of {len(columns)}, got {shape}")
+    everything = [value for row in values for value in row if value is not None and math.isfinite(value)]
+    low, high = min(everything, default=0.0), max(everything, default=1.0)
+    figure = _matrix(
+        [
+            [None if value is None else (value - low) / (high - low) if high > low else 0.5 for value in row]
+            for row in values
+        ],
+        [["" if value is None else f"{value:.{digits}f}" for value in row] for row in values],
+        rows,
+        columns,
+    )
+    for i, j in outlined:
+        _frame(figure.axes[0], i, j, 1)
+    figure.axes[0].set_xlabel(f"{_literal(axis)}; darker is larger", fontsize=_SMALL, color=_SOFT, loc="left")
+    return figure
+
+
+def _matrix(
+    shares: Sequence[Sequence[float | None]],
+    texts: Sequence[Sequence[str]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    low_row: float = 26.0,
+) -> Figure:
+    """Cells with their figures in them, darker for a larger share in [0, 1]; None or NaN is an empty cell."""
     from matplotlib.colors import LinearSegmentedColormap, to_hex
     from matplotlib.patches import Rectangle
 
-    everything = [value for row in values for value in row if value is not None and math.isfinite(value)]
-    low, high = min(everything, default=0.0), max(everything, default=1.0)
     shades = LinearSegmentedColormap.from_list("blues", ["#eef5fb", "#62aedb", "#0b5c94", "#06263f"])
     cell = max(46.0, min(86.0, 470 / len(columns)))
     beside = [wrapped(name, 170, _SMALL) for name in rows]
@@ -367,21 +391,18 @@ def forgetting_matrix(
     if max(map(_lines, above)) > 3:
         above, upright = [wrapped(name, 120, _SMALL) for name in columns], True
         cell = max(cell, 4 + _LINE * max(map(_lines, above)))
-    tall = max(26.0, _LINE * max(map(_lines, beside)) + 4)
+    tall = max(low_row, _LINE * max(map(_lines, beside)) + 4)
     left, top = _widest(beside) + 24, (_widest(above) if upright else _LINE * max(map(_lines, above))) + 50
     figure = _figure((top + tall * len(rows)) / _INCH, width=(left + cell * len(columns) + 16) / _INCH)
     axes = figure.subplots()
-    for i, row in enumerate(values):
-        for j, measured in enumerate(row):
-            value = math.nan if measured is None else measured
-            known = math.isfinite(value)
-            shade = to_hex(shades((value - low) / (high - low) if high > low else 0.5)) if known else "#ffffff"
+    for i, row in enumerate(shares):
+        for j, share in enumerate(row):
+            known = share is not None and math.isfinite(share)
+            shade = to_hex(shades(share)) if known else "#ffffff"
             axes.add_patch(Rectangle((j, i), 1, 1, facecolor=shade, edgecolor="white", lw=1.5))
-            text = f"{value:.{digits}f}".replace("-", _MINUS) if known else _DASH
+            text = texts[i][j].replace("-", _MINUS) if known else _DASH
             colour = "#000000" if lightness(shade) > 49.5 else "#ffffff"  # either way a contrast of 4.5
             axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=_SMALL, color=colour)
-    for i, j in outlined:
-        axes.add_patch(Rectangle((j, i), 1, 1, fill=False, edgecolor="#E69F00", lw=2.5))
     axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
     axes.set_yticks([i + 0.5 for i in range(len(rows))], [_literal(name) for name in beside])
     axes.set_xticks([j + 0.5 for j in range(len(columns))], [_literal(name) for name in above])
@@ -389,8 +410,14 @@ def forgetting_matrix(
     axes.tick_params(length=0, labelsize=_SMALL, labelcolor=_INK)
     axes.tick_params(axis="x", labelrotation=90 if upright else 0)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel(f"{_literal(axis)}; darker is larger", fontsize=_SMALL, color=_SOFT, loc="left")
     return figure
+
+
+def _frame(axes: Axes, row: int, column: int, width: int) -> None:
+    """Around cells of a matrix."""
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle((column, row), width, 1, fill=False, edgecolor="#E69F00", lw=2.5))
 
 
 # ---- calibration, corruptions, splits --------------------------------------------------------------------------------
@@ -565,6 +592,197 @@ def _draw_dots(
         "label": _label(name),
     }
     axes.errorbar([_bounds(one)[0] for one in figures], heights, xerr=_arms(figures), **look)
+
+
+# ---- diagnosis and repair --------------------------------------------------------------------------------------------
+
+
+def layer_scores(
+    values: Sequence[Sequence[float | None]],
+    groups: Sequence[str],
+    scores: Sequence[str],
+    chosen: Collection[str] = (),
+) -> Figure:
+    """Scores of layer groups: a row for each group, a column for each score, every column with a scale of its own.
+
+    Args:
+        values: `[groups][scores]`, not below 0; None or NaN where nothing was measured. The darkest cell of a column is
+            its largest value; an empty scale ends at 0.
+        groups: their names, in the order of the model.
+        scores: their names.
+        chosen: groups with a frame around their row.
+
+    Raises:
+        ValueError: `values` is empty, or does not have a row for each group and a column for each score.
+
+    Example:
+        >>> figure = layer_scores([[2.0, 1e-5], [1.0, None]], ["block.0", "head"], ["contrast", "rms"], ["head"])
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['2.00', '1.00e−5', '1.00', '–']
+    """
+    if not groups or not scores or [len(row) for row in values] != [len(scores)] * len(groups):
+        shape = f"{len(values)} rows of {sorted({len(row) for row in values})}"
+        raise ValueError(f"values of layer scores must be {len(groups)} rows of {len(scores)}, got {shape}")
+    known = [[math.nan if value is None else value for value in row] for row in values]
+    largest = [max(filter(math.isfinite, column), default=0.0) for column in zip(*known, strict=True)]
+    figure = _matrix(
+        [[_share(value, top) for value, top in zip(row, largest, strict=True)] for row in known],
+        [[significant(value) for value in row] for row in known],
+        groups,
+        scores,
+        low_row=18.0,
+    )
+    for place, group in enumerate(groups):
+        if group in chosen:
+            _frame(figure.axes[0], place, 0, len(scores))
+    said = "darker is larger; every column has its own scale, from 0 to its largest value"
+    figure.axes[0].set_xlabel(said + ("; framed: chosen" if chosen else ""), fontsize=_SMALL, color=_SOFT, loc="left")
+    return figure
+
+
+def _share(value: float, largest: float) -> float | None:
+    if not math.isfinite(value):
+        return None
+    return min(1.0, max(0.0, value / largest)) if largest > 0 else 0.0
+
+
+def flips(counts: Mapping[str, tuple[int, int, int]], unit: str = "prediction") -> Figure:
+    """How many predictions became right and how many became wrong: bars to both sides of 0, a row for each split.
+
+    Args:
+        counts: by split: fixed, broken, and all predictions. Bars are shares of all, so that splits can be compared.
+        unit: what one of them is.
+
+    Raises:
+        ValueError: there is no split.
+
+    Example:
+        >>> figure = flips({"verification": (31, 12, 1000)})
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['31 fixed', '12 broken']
+    """
+    if not counts:
+        raise ValueError("a picture of flips needs at least one split")
+    labels = [wrapped(name, 170, _SMALL) for name in counts]
+    row = max(26.0, _LINE * max(map(_lines, labels)) + 8)
+    figure = _figure((row * len(labels) + 80) / _INCH)
+    axes = _bare(figure.subplots(), grid="x")
+    fixed = [100 * better / max(total, 1) for better, _, total in counts.values()]
+    broken = [100 * worse / max(total, 1) for _, worse, total in counts.values()]
+    places = range(len(labels))
+    hollow: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.4, "height": 0.62}
+    axes.barh(places, fixed, color=STYLES[0].colour, hatch=STYLES[0].hatch, label="fixed", **hollow)
+    axes.barh(
+        places, [-share for share in broken], color=STYLES[1].colour, hatch=STYLES[1].hatch, label="broken", **hollow
+    )
+    net = [better - worse for better, worse in zip(fixed, broken, strict=True)]
+    axes.plot(net, places, "D", ms=6.5, mfc="white", mec=_INK, mew=1.4, ls="none", label="net", zorder=3)
+    for place, (better, worse, _) in zip(places, counts.values(), strict=True):
+        beside: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": _SMALL, "color": _INK}
+        axes.annotate(f"{better:,} fixed", (fixed[place], place), xytext=(9, 0), ha="left", **beside)
+        axes.annotate(f"{worse:,} broken", (-broken[place], place), xytext=(-9, 0), ha="right", **beside)
+    axes.axvline(0, color=_INK, lw=1, zorder=2)
+    axes.set_yticks(list(places), [_literal(label) for label in labels])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    span = (max(fixed) + max(broken)) or 1.0  # for the words at both ends
+    axes.set_xlim(-max(broken) - 0.3 * span, max(fixed) + 0.3 * span)
+    axes.xaxis.set_major_formatter(lambda share, _: f"{abs(share):g}")
+    _labels(axes, f"% of all {unit}s: broken to the left, fixed to the right", "")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, **_LEGEND)
+    return figure
+
+
+def mixture_path(points: Sequence[tuple[float, float, float]], chosen: float, unit: str = "prediction") -> Figure:
+    """Validation on the way from the old weights to the new ones: the net gain, and the loss beside it.
+
+    Args:
+        points: triples of the share of the new weights, the net gain there, and the loss in nats.
+        chosen: the share that was taken.
+        unit: what one prediction is.
+
+    Raises:
+        ValueError: there is no point.
+
+    Example:
+        >>> figure = mixture_path([(0.0, 0, 0.9), (0.5, 8, 0.7), (1.0, 5, 0.8)], 0.5)
+        >>> [axes.get_ylabel() for axes in figure.axes]
+        ['net gain (predictions)', 'loss (nats per prediction)']
+    """
+    if not points:
+        raise ValueError("a picture of a path between weights needs at least one point")
+    path = sorted(points)
+    figure = _figure(2.9)
+    names = (f"net gain ({unit}s)", f"loss (nats per {unit})")
+    for axes, name, which, style in zip(figure.subplots(1, 2), names, (1, 2), STYLES, strict=False):
+        _bare(axes, grid="y")
+        shares, values = [point[0] for point in path], [point[which] for point in path]
+        axes.plot(shares, values, style.line, color=style.colour, marker="o", ms=5, mfc="white", mew=1.3, label="tried")
+        taken = [point for point in path if math.isclose(point[0], chosen, abs_tol=1e-9)]
+        axes.plot(
+            [point[0] for point in taken],
+            [point[which] for point in taken],
+            "D",
+            ms=9,
+            color=_INK,
+            ls="none",
+            label="chosen",
+            zorder=3,
+        )
+        axes.set(xlim=(-0.05, 1.05), ylim=_limits([*values, 0.0] if which == 1 else values))
+        _labels(axes, "share of the new weights", name)
+        if which == 1:
+            axes.axhline(0, color=_INK, lw=1, zorder=1)
+    figure.legend(
+        [_mark("o", "white", _SOFT), _mark("D", _INK, _INK)],
+        ["tried", "chosen"],
+        loc="outside upper left",
+        ncols=2,
+        **_LEGEND,
+    )
+    return figure
+
+
+def score_against_gain(
+    points: Mapping[str, Sequence[tuple[float, float, bool]]], x: str = "score", y: str = "net gain"
+) -> Figure:
+    """What retraining a single layer group gained against the score that it had before.
+
+    Args:
+        points: by series, such as a seed: for each group its score, its net gain, and whether it was chosen.
+        x, y: labels of the axes.
+
+    Raises:
+        ValueError: there is no point.
+
+    Example:
+        >>> figure = score_against_gain({"seed 0": [(2.1, 9.0, True), (1.2, 3.0, False)]}, x="contrast")
+        >>> figure.axes[0].get_xlabel()
+        'contrast'
+    """
+    everything = list(chain(*points.values()))
+    if not everything:
+        raise ValueError("a picture of scores and gains needs at least one point")
+    marks = [_mark("o", _SOFT, _SOFT), _mark("o", "white", _SOFT)]
+    figure = _figure(4.2, legend=[*points, "", "", ""])
+    axes = _bare(figure.subplots(), grid="both")
+    axes.axhline(0, color=_INK, lw=1, zorder=1)
+    handles: list[Artist] = []
+    for (_, series), style in zip(points.items(), styles(list(points)).values(), strict=True):
+        look: dict[str, Any] = {"ls": "none", "marker": style.marker, "ms": 6.5, "mec": style.colour, "mew": 1.4}
+        for taken, face in ((False, "white"), (True, style.colour)):
+            shown = [(score, gain) for score, gain, chosen in series if chosen == taken]
+            axes.plot([score for score, _ in shown], [gain for _, gain in shown], mfc=face, zorder=2 + taken, **look)
+        handles.append(_mark(style.marker, style.colour, style.colour))
+    scores = [score for score, _, _ in everything if math.isfinite(score)]
+    axes.set_ylim(_limits([0.0, *(gain for _, gain, _ in everything)]))
+    if scores and min(scores) > 0 and max(scores) > 100 * min(scores):
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(_limits(scores))
+    _labels(axes, x, y)
+    _legend(figure, [*handles, *marks], [*points, "filled: chosen", "hollow: not chosen"])
+    return figure
 
 
 # ---- what all of them share ------------------------------------------------------------------------------------------
