@@ -76,6 +76,19 @@ examples:
 MODEL is a Hub name, a folder, PEFT adapters, or a checkpoint of a run under any launch. SUITE is a YAML file or a
 shipped one: stdlib (language models; needs no network), reviews (sentiment). Intervals are over examples."""
 
+DIAGNOSE_HELP = """\
+Find the layer groups to which a model's own errors point: the gradient of the mean loss over what it has wrong, group
+by group, beside that over what it has right and that of a model with random weights.
+
+examples:
+  hf-momentum diagnose --model outputs/sentiment_minilm --data products.jsonl@train --output_dir outputs/diagnosis
+  hf-momentum diagnose --model outputs/quickstart --data stdlib:code@validation --split parts --top 4
+  hf-momentum diagnose --model mine --data failed.csv --against passed.csv --group early='*.layer.[01].*'
+  hf-momentum diagnose --accelerate_config fsdp2 --num_processes 8 --model mine --data hard.jsonl
+
+MODEL is a Hub name, a folder, PEFT adapters, or a checkpoint of a run under any launch. It is not changed. Exit status
+0 also where there is no error to learn from."""
+
 RUN_HELP = """\
 Run any script or module that uses a Trainer with our --optim names registered, unchanged.
 
@@ -132,6 +145,7 @@ def _dispatch(words: list[str]) -> int:
     commands.add_parser("compare", help="compare tuned optimizers over seeds", add_help=False)
     commands.add_parser("stream", help="fine-tune through domains and see what is forgotten", add_help=False)
     commands.add_parser("evaluate", help="score a model on a suite of splits", add_help=False)
+    commands.add_parser("diagnose", help="find the layers that a model's errors point to", add_help=False)
     commands.add_parser("run", help="run any script with our --optim names", add_help=False)
     commands.add_parser("export", help="write a checkpoint as a plain folder", add_help=False)
     commands.add_parser("optimizers", help="list the optimizers and their arguments")
@@ -147,6 +161,8 @@ def _dispatch(words: list[str]) -> int:
         return _stream(rest)
     if command == "evaluate":
         return _evaluate(rest)
+    if command == "diagnose":
+        return _diagnose(rest)
     if command == "run":
         return _run(rest)
     if command == "export":
@@ -163,13 +179,7 @@ def _train(words: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
-    several = parser.add_argument_group("several processes (each option wins over the file)")
-    several.add_argument("--accelerate_config", metavar="NAME", help="a file for accelerate launch, or a shipped one")
-    several.add_argument("--num_processes", metavar="N", help="over all machines; one per GPU")
-    several.add_argument("--num_machines", metavar="M", help="run the same command on each of them")
-    several.add_argument("--machine_rank", metavar="R", help="which of them this is, from 0")
-    several.add_argument("--main_process_ip", metavar="IP", help="address of machine 0")
-    several.add_argument("--main_process_port", metavar="P", help="a port there; on one machine any free one")
+    _add_launcher(parser)
     parser.add_argument("--help-fields", action="store_true", help="list every field of a recipe and exit")
     known, overrides = parser.parse_known_args(words)
     from hf_momentum import launch
@@ -387,6 +397,83 @@ def _evaluate(words: list[str]) -> int:
     report = evaluate.evaluate(suite, settings, evaluate.command_of(words))
     path = report.write(Path(known.output_dir))
     print("\n" + "\n".join([*report.summary(), f"Report: {path} (and report.md, report.json, card.md, plots/)"]))
+    return 0
+
+
+def _add_launcher(parser: argparse.ArgumentParser) -> None:
+    several = parser.add_argument_group("several processes (each option wins over the file)")
+    several.add_argument("--accelerate_config", metavar="NAME", help="a file for accelerate launch, or a shipped one")
+    several.add_argument("--num_processes", metavar="N", help="over all machines; one per GPU")
+    several.add_argument("--num_machines", metavar="M", help="run the same command on each of them")
+    several.add_argument("--machine_rank", metavar="R", help="which of them this is, from 0")
+    several.add_argument("--main_process_ip", metavar="IP", help="address of machine 0")
+    several.add_argument("--main_process_port", metavar="P", help="a port there; on one machine any free one")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("how the data are read")
+    data.add_argument(
+        "--task",
+        metavar="NAME",
+        help="causal_lm (errors are tokens), generation (errors are texts that are not the reference), "
+        "sequence_classification or image_classification; by the model unless given",
+    )
+    for column in ("text", "label", "image", "prompt", "reference"):
+        data.add_argument(f"--{column}_column", metavar="NAME", default=column, help="(%(default)s)")
+    data.add_argument("--classes", metavar="NAMES", default="", help="of the outputs in their order, with commas")
+    data.add_argument("--block_size", metavar="N", type=int, help="tokens of an input at most")
+    data.add_argument("--max_examples", metavar="N", type=int, help="of each dataset at most, drawn by the seed")
+    data.add_argument("--max_new_tokens", metavar="N", type=int, default=32, help="for generation (%(default)s)")
+
+
+def _add_groups(parser: argparse.ArgumentParser) -> None:
+    groups = parser.add_argument_group("layer groups")
+    groups.add_argument(
+        "--split", choices=("blocks", "parts"), default="blocks", help="parts: attention, MLP and norms"
+    )
+    groups.add_argument(
+        "--group", metavar="NAME=PATTERN", action="append", default=[], help="a group of your own: of parameters"
+    )
+    groups.add_argument("--score", metavar="NAME", default="contrast", help="contrast, raw, rms, relative or taylor")
+    groups.add_argument("--top", metavar="K", type=int, help="choose the K largest scores (3)")
+    groups.add_argument("--threshold", metavar="Z", type=float, help="or those above mean + Z std")
+    groups.add_argument("--cumulative", metavar="SHARE", type=float, help="or the fewest with that share of all scores")
+    groups.add_argument("--budget", metavar="SHARE", type=float, help="or what fits into that share of the parameters")
+
+
+def _diagnose(words: list[str]) -> int:
+    parser = _OneLineParser(
+        prog="hf-momentum diagnose",
+        description=DIAGNOSE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", metavar="M", required=True, help="what to diagnose")
+    parser.add_argument("--data", metavar="D", required=True, help="SOURCE@SPLIT whose errors are looked at")
+    parser.add_argument("--against", metavar="CORRECT", help="take what is right from there, not from D")
+    _add_groups(parser)
+    _add_data(parser)
+    parser.add_argument(
+        "--lora_weights", choices=("base", "delta"), default="base", help="what a LoRA model's weights are"
+    )
+    parser.add_argument("--no-random", action="store_true", help="leave out the model with random weights")
+    parser.add_argument("--batch_size", metavar="N", type=int, default=16, help="examples at a time (%(default)s)")
+    parser.add_argument("--device", metavar="NAME", help="such as cuda:1; the accelerator unless given")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub model")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--output_dir", metavar="OUT", default="outputs/diagnosis", help="(%(default)s)")
+    _add_launcher(parser)
+    known = parser.parse_args(words)
+    from hf_momentum import launch
+    from hf_momentum.training import diagnose
+
+    settings = diagnose.settings_of(vars(known))
+    diagnose.check(settings)
+    launch.relaunch("diagnose", words, known.accelerate_config, {n: getattr(known, n) for n in launch.LAUNCHER_FLAGS})
+    report = diagnose.diagnose(settings, diagnose.command_of("diagnose", words))
+    if report is not None:
+        path = report.write(Path(known.output_dir))
+        print("\n" + "\n".join([*report.sentences(), f"Report: {path} (and report.md, report.json, plots/)"]))
     return 0
 
 

@@ -30,8 +30,8 @@ class Launch:
     config: Path
     flags: Mapping[str, str]
 
-    def command(self, words: Sequence[str]) -> list[str]:
-        """The command line that runs `hf-momentum train` with `words` in every process.
+    def command(self, words: Sequence[str], command: str = "train") -> list[str]:
+        """The command line that runs a command of `hf-momentum` with `words` in every process.
 
         Example:
             >>> Launch(Path("ddp.yaml"), {"num_processes": "2"}).command(["--config", "quickstart"])[3:]
@@ -39,14 +39,45 @@ class Launch:
         """
         options = [f"--{name}={value}" for name, value in self.flags.items()]
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.config), *options]
-        return [*launcher, "-m", "hf_momentum", "train", *words]
+        return [*launcher, "-m", "hf_momentum", command, *words]
 
-    def replace_this_process(self, words: Sequence[str]) -> NoReturn:
+    def replace_this_process(self, words: Sequence[str], command: str = "train") -> NoReturn:
         """Become the launcher: its exit status and signals are this process's, and no parent keeps a GPU's memory."""
-        command = self.command(words)
+        whole = self.command(words, command)
         sys.stdout.flush()
         sys.stderr.flush()
-        os.execv(command[0], command)
+        os.execv(whole[0], whole)
+
+
+def relaunch(
+    command: str, words: Sequence[str], accelerate_config: str | None, flags: Mapping[str, str | None]
+) -> None:
+    """Hand a command over to `accelerate launch`, if it was told to; else do nothing.
+
+    Args:
+        command: of `hf-momentum`.
+        words: as typed after it, the launcher's options among them.
+        accelerate_config: a file or a shipped name; None to stay in this process.
+        flags: those of `LAUNCHER_FLAGS`, None where not given.
+
+    Raises:
+        InputError: the launch is not possible, or `flags` are given without `accelerate_config`.
+
+    Example:
+        >>> relaunch("diagnose", ["--model", "mine"], None, {})
+    """
+    if accelerate_config is None:
+        for name, value in flags.items():
+            if value is not None:
+                raise InputError(f"--{name} is for a launch; name one with --accelerate_config, such as ddp or fsdp2")
+        return
+    launcher = {f"--{name}" for name in (*LAUNCHER_FLAGS, "accelerate_config")}
+    rest, skip = [], False
+    for word in words:
+        if not skip and word.partition("=")[0] not in launcher:
+            rest.append(word)
+        skip = not skip and word in launcher
+    prepare_launch(accelerate_config, flags).replace_this_process(rest, command)
 
 
 def prepare_launch(accelerate_config: str, flags: Mapping[str, str | None]) -> Launch:

@@ -38,6 +38,10 @@ _RESAMPLES = 1000
 _Z = 1.959964
 
 
+class NoPredictions(ValueError):
+    """A sample without a single prediction has no mean loss."""
+
+
 @dataclass(frozen=True)
 class Gradients:
     """What a pass over one sample leaves behind.
@@ -96,7 +100,7 @@ def collect(
         seed: of the sketch.
 
     Raises:
-        ValueError: there is no prediction.
+        NoPredictions: there is none.
     """
     layout = gradients.layout
     owners = {row: group for group, rows in layout.reduce_over.items() for row in rows}
@@ -110,7 +114,8 @@ def collect(
         gradients.keep()
         stretches.add(count, lambda: gradients.pieces(lambda holder: False))
     if stretches.predictions == 0:
-        raise ValueError("a sample needs at least one prediction")
+        gradients.drop()
+        raise NoPredictions("a sample needs at least one prediction")
     pieces = gradients.pieces(lambda holder: False)
     sketches, counts = stretches.finish(pieces)
     table = torch.zeros(sum(layout.counts), 3, dtype=torch.float64)

@@ -55,6 +55,21 @@ class Rule:
             if share is not None and not 0 < share <= 1:
                 raise InputError(f"{name} must be a share above 0 and up to 1, got {share}")
 
+    def words(self) -> str:
+        """The rule as a reader takes it.
+
+        Example:
+            >>> Rule(top=3).words(), Rule(budget=0.1).words()
+            ('the 3 with the largest scores', 'the largest scores that fit into 10 % of the parameters')
+        """
+        if self.top is not None:
+            return "the one with the largest score" if self.top == 1 else f"the {self.top} with the largest scores"
+        if self.threshold is not None:
+            return f"scores above mean + {self.threshold:g} std"
+        if self.cumulative is not None:
+            return f"the fewest whose scores sum to {100 * self.cumulative:g} % of all"
+        return f"the largest scores that fit into {100 * (self.budget or 0):g} % of the parameters"
+
 
 def choose(names: Sequence[str], scores: Sequence[float], parameters: Sequence[int], rule: Rule) -> list[str]:
     """The groups that a rule chooses, at least one, in the order of the model.

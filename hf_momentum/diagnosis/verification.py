@@ -223,7 +223,7 @@ def decide(verification: Verified, others: Sequence[Verified], alpha: float = 0.
 
     Example:
         >>> even = Estimate(0.9, 0.8, 1.0)
-        >>> check = Verified("check", "verification", "reviews@check", 1000, Flips(62, 40, 700, 198), 0.0371, even, even)
+        >>> check = Verified("check", "verification", "reviews@new", 1000, Flips(62, 40, 700, 198), 0.0371, even, even)
         >>> other = Verified("news", "shifted", "news@test", 500, Flips(3, 8, 400, 89), 0.2266, even, even)
         >>> decision = decide(check, [other])
         >>> decision.accepted

@@ -135,8 +135,8 @@ class Layout:
         """Sums over all tensors, from this process's sums over the pieces of those that it shares with each group.
 
         Args:
-            parts: by the process group whose members hold different pieces of the tensors, as in `reduce_over`; those of
-                tensors that are whole under None. A group of whose tensors nothing lies here may be left out.
+            parts: by the process group whose members hold different pieces of the tensors, as in `reduce_over`; None
+                has those of whole tensors. A group of whose tensors nothing lies here may be left out.
             shape: of each.
 
         Returns:
