@@ -1,4 +1,4 @@
-"""How far two rankings of layer groups, or two choices of them, agree, and how often chance alone would agree as well."""
+"""How far two rankings of layer groups, or two choices of them, agree, and how often chance alone would do as well."""
 
 import math
 from collections.abc import Collection, Sequence
