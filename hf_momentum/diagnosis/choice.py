@@ -141,14 +141,16 @@ def above(scores: Sequence[float], z: float) -> list[int]:
         ...
         hf_momentum.errors.InputError: threshold 2.0 chooses no group; below 1.73 it would choose one
     """
-    # `statistics` sums exactly, so that equal scores have no spread.
-    mean, spread = statistics.mean(map(float, scores)), statistics.pstdev(map(float, scores))
+    # Distances from the largest are exact where scores are close, and `statistics` sums them exactly: equal scores have
+    # no spread, and the largest is above the mean of any others.
+    below = [float(score - max(scores)) for score in scores]
+    mean, spread = statistics.mean(below), statistics.pstdev(below)
     if spread == 0:
         raise InputError(f"threshold {z} chooses no group, nor would another: all scores are {scores[0]:.3g}; use top")
-    chosen = [place for place, score in enumerate(scores) if score > mean + z * spread]
+    chosen = [place for place, distance in enumerate(below) if distance > mean + z * spread]
     if not chosen:
-        below = _three_digits((max(scores) - mean) / spread, up=False)
-        raise InputError(f"threshold {z} chooses no group; below {below} it would choose one")
+        limit = _three_digits(-mean / spread, up=False)
+        raise InputError(f"threshold {z} chooses no group; below {limit} it would choose one")
     return chosen
 
 

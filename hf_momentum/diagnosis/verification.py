@@ -223,13 +223,13 @@ def decide(verification: Verified, others: Sequence[Verified], alpha: float = 0.
 
     Example:
         >>> even = Estimate(0.9, 0.8, 1.0)
-        >>> check = Verified("check", "verification", "reviews@new", 1000, Flips(62, 40, 700, 198), 0.0371, even, even)
+        >>> check = Verified("check", "verification", "texts@check", 1000, Flips(62, 40, 700, 198), 0.0371, even, even)
         >>> other = Verified("news", "shifted", "news@test", 500, Flips(3, 8, 400, 89), 0.2266, even, even)
         >>> decision = decide(check, [other])
         >>> decision.accepted
         True
         >>> print("\\n".join(decision.reasons))
-        check (reviews@check): 62 fixed and 40 broken of 1000 predictions, net +22: a gain.
+        check (texts@check): 62 fixed and 40 broken of 1000 predictions, net +22: a gain.
         check: p = 0.0371, below 0.05: significant.
         No significant loss on the other split.
         news (shifted, news@test): 3 fixed and 8 broken of 500 predictions, net -5, p = 0.227: a loss, not significant.
