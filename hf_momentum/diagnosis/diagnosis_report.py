@@ -100,9 +100,6 @@ class DiagnosisReport:
         facts: what ran and what it cost, in the order to be listed.
         command: repeats the diagnosis.
 
-    Raises:
-        InputError: `from_json` was given something else.
-
     Example:
         >>> raw = {name: [Estimate(2.0, 1.5, 2.6), Estimate(1.0, 0.8, 1.2)] for name in SCORES}
         >>> found = Compared(Attribution(40, 40, 2.1, raw, None), None, [], [0.97, 0.03])

@@ -398,7 +398,7 @@ def _matrix(
     for i, row in enumerate(shares):
         for j, share in enumerate(row):
             known = share is not None and math.isfinite(share)
-            shade = to_hex(shades(share)) if known else "#ffffff"
+            shade = to_hex(shades(share or 0.0)) if known else "#ffffff"
             axes.add_patch(Rectangle((j, i), 1, 1, facecolor=shade, edgecolor="white", lw=1.5))
             text = texts[i][j].replace("-", _MINUS) if known else _DASH
             colour = "#000000" if lightness(shade) > 49.5 else "#ffffff"  # either way a contrast of 4.5
