@@ -31,7 +31,7 @@ from hf_momentum.evaluation.document import (
     literal,
 )
 from hf_momentum.evaluation.intervals import Interval, difference, paired_tests, t_interval
-from hf_momentum.evaluation.writing import listed, significant, write_whole
+from hf_momentum.evaluation.writing import listed, write_whole
 
 KIND = Kind("hf-momentum baselines", "hf-momentum repair --baselines")
 
@@ -39,13 +39,14 @@ CHOSEN, SINGLE = "chosen", "group:"
 BASELINES = ("full", "head", "random", "relative_lr")
 PARAMETERS = "number of parameters"
 ALPHA = 0.05
+_NAMED = 5  # groups that a cell may name one by one
 
 _METHODS = {
     CHOSEN: "the groups that the diagnosis chose",
     "full": "all weights",
     "head": "the last layer only",
     "random": "as many groups at random",
-    "relative_lr": "all weights, learning rates by relative gradient norm",
+    "relative_lr": "all weights with learning rates by relative gradient norm",
 }
 NO_DIFFERENCE = "no significant difference"
 
@@ -291,10 +292,10 @@ class BaselinesReport:
         gain = t_interval(list(chosen.values()))
         said = [f"Retraining the chosen groups ({self.chosen_rule}) gained {gain.shown(1)} {self.unit}s net."]
         phrases = {
-            "larger": "It gained more than",
-            "smaller": "It gained less than",
-            NO_DIFFERENCE: "No significant difference in net gain from",
-            "too few seeds": "Too few seeds to compare it with",
+            "larger": "It gained more than retraining",
+            "smaller": "It gained less than retraining",
+            NO_DIFFERENCE: "No significant difference in net gain from retraining",
+            "too few seeds": "Too few seeds to compare it with retraining",
         }
         for words, phrase in phrases.items():
             names = [_name(one.other) for one in self.against if one.words == words]
@@ -373,10 +374,12 @@ class BaselinesReport:
             return "The chosen groups and single groups have no seed in common."
         gained = statistics.fmean(chosen[seed] for seed in both)
         best = statistics.fmean(self.oracle[seed] for seed in both)
-        share = f"{percent(gained / best)} of" if best > 0 else "against"
+        reached = f"the chosen ones reached {percent(gained / best)} of that ({gained:.1f})"
+        if best <= 0:
+            reached = f"the chosen ones {gained:.1f}, and no single group was worth retraining"
         return (
-            f"The best single group gained {best:.1f}; the chosen ones reached {share} that. Which group is best was "
-            "seen on the split that it is measured on, so this oracle is optimistic."
+            f"The best single group gained {best:.1f}; {reached}. Which group is best was seen on the split that it is "
+            "measured on, so this oracle is optimistic."
         )
 
     # ---- parts of the document ----
@@ -410,8 +413,9 @@ class BaselinesReport:
                 )
             )
         said = (
-            f"Intervals are 95 % t-intervals over seeds; p-values are of paired t-tests, after Holm's correction over "
-            f"all of this table. Other scores of the errors are shown but not tested. {_CAREFUL}"
+            "Intervals are 95 % t-intervals over seeds, which do not know that rho ends at 1; p-values are of t-tests, "
+            f"paired by seed, after Holm's correction over all of this table. Other scores of the errors are shown but "
+            f"not tested. {_CAREFUL}"
         )
         return [*blocks, Table([*header, f"{self.score}'s is"], rows, left=2, caption=caption), Text(said)]
 
@@ -460,7 +464,26 @@ class BaselinesReport:
                     [self._table(single), Text("No test is made of these: there are too many for the seeds.")],
                 )
             )
-        return blocks
+        return [*blocks, Details("Every run", [self._every_run()])]
+
+    def _every_run(self) -> Table:
+        rows = [
+            [
+                literal(_name(run.method)),
+                literal(listed(list(run.groups)) if len(run.groups) < _NAMED else f"{len(run.groups)} groups"),
+                str(run.seed),
+                f"{run.learning_rate:g}",
+                f"{run.share:g}",
+                f"{run.steps:,}",
+                f"{run.flips.fixed:,}",
+                f"{run.flips.broken:,}",
+                f"{run.flips.net:+,}",
+                f"{run.p_value:.3g}",
+            ]
+            for run in self.runs
+        ]
+        header = ["trained", "groups", "seed", "learning rate", "share of new weights", "steps", "fixed", "broken"]
+        return Table([*header, "net", "p"], rows, left=2)
 
     def _picture(self, methods: Sequence[str]) -> Picture:
         nets = {method: t_interval(list(self.net(method).values())) for method in methods}
@@ -497,7 +520,7 @@ class BaselinesReport:
                     f"{statistics.fmean(run.flips.fixed for run in runs):.1f}",
                     f"{statistics.fmean(run.flips.broken for run in runs):.1f}",
                     f"{statistics.median(run.parameters for run in runs):,.0f}",
-                    significant(statistics.median(run.learning_rate for run in runs)),
+                    f"{statistics.median(run.learning_rate for run in runs):g}",
                     *(self._shifted(method, split) for split in shifted),
                 ]
             )

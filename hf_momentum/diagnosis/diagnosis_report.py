@@ -476,11 +476,12 @@ def _control(name: str, found: RankCorrelation) -> Control:
     asked = _CONTROLS[name]
     if found.rho is None:
         return Control(name, found, "nothing: one of the two is the same for all groups", False)
+    chance = f"; of so few groups it may be chance (p = {found.p_value:.2g})" if found.p_value >= 0.05 else ""
     if found.rho > CLOSE:
-        return Control(name, found, asked.close, asked.caution)
+        return Control(name, found, asked.close + chance, asked.caution)
     if name == "parameters" and found.rho < -CLOSE:
         words = "the ranking is close to the reverse of that by size: small groups are first whatever the errors are"
-        return Control(name, found, words, True)
+        return Control(name, found, words + chance, True)
     if found.p_value < 0.05:
         return Control(name, found, f"{'partly alike' if found.rho > 0 else 'partly the reverse'}, not close", False)
     return Control(name, found, "no significant correlation", False)

@@ -36,6 +36,8 @@ from hf_momentum.evaluation.writing import listed, short, write_whole
 
 KIND = Kind("hf-momentum repair", "hf-momentum repair")
 
+_NAMED = 8  # groups that a sentence may name one by one
+
 TERMS = (
     "Fixed: wrong before, right after. Broken: right before, wrong after. Net: fixed less broken. The positive and the "
     "negative flip rate are fixed and broken over all predictions of a split. Before and after are the shares that are "
@@ -219,7 +221,13 @@ class RepairReport:
         if self.sentences():
             blocks.append(Bullets([literal(one) for one in self.sentences()]))
         if self.splits:
-            blocks += [Heading("Before and after"), self._picture(), self._table(), Text(TERMS), Text(self._p_values())]
+            blocks += [
+                Heading("Before and after"),
+                self._picture(),
+                *self._table(),
+                Text(TERMS),
+                Text(self._p_values()),
+            ]
         if self.mixtures:
             blocks += [Heading("How far to go"), *self._path()]
         if self.verification is not None:
@@ -257,28 +265,29 @@ class RepairReport:
             pictures.flips(counts, self.unit),
         )
 
-    def _table(self) -> Table:
-        rows = []
-        for split in [*self.splits, *([self.validation] if self.validation else [])]:
-            flips = split.flips
-            rows.append(
-                [
-                    literal(split.name),
-                    split.role,
-                    literal(short(split.source)),
-                    f"{split.examples:,}",
-                    str(split.before),
-                    str(split.after),
-                    f"{flips.fixed:,}",
-                    f"{flips.broken:,}",
-                    f"{flips.net:+,}",
-                    percent(flips.fixed / max(1, flips.total)),
-                    percent(flips.broken / max(1, flips.total)),
-                    f"{split.p_value:.3g}",
-                ]
-            )
-        header = ["split", "role", "source", "rows", "before [95 %]", "after [95 %]", "fixed", "broken", "net"]
-        return Table([*header, "positive flip rate", "negative flip rate", "p"], rows, left=3)
+    def _table(self) -> list[Block]:
+        splits = [*self.splits, *([self.validation] if self.validation else [])]
+        rows = [
+            [
+                literal(_named(split)),
+                f"{split.examples:,}",
+                str(split.before),
+                str(split.after),
+                f"{split.flips.fixed:,}",
+                f"{split.flips.broken:,}",
+                f"{split.flips.net:+,}",
+                f"{split.p_value:.3g}",
+                percent(split.flips.fixed / max(1, split.flips.total)),
+                percent(split.flips.broken / max(1, split.flips.total)),
+            ]
+            for split in splits
+        ]
+        header = ["split", "rows", "before [95 %]", "after [95 %]", "fixed", "broken", "net", "p"]
+        sources = [f"**{literal(split.name)}**: {literal(short(split.source))}" for split in splits]
+        return [
+            Table([*header, "positive flip rate", "negative flip rate"], rows),
+            Details("Where the splits are from", [Bullets(sources)]),
+        ]
 
     def _p_values(self) -> str:
         said = _OVER.get(self.unit, _OVER["token"])
@@ -316,9 +325,10 @@ class RepairReport:
         else:
             held = sum(group.parameters for group in self.groups if group.name in self.frozen)
             names = listed([literal(name) for name in self.frozen])
-            what = f"Weights were trained, {numbers}. " + (
-                f"Frozen, {held:,} parameters: {names}." if self.frozen else "Nothing was frozen."
-            )
+            if len(self.frozen) > _NAMED:
+                names = f"all {len(self.frozen)} other groups"
+            frozen = f"Frozen, {held:,} parameters: {names}." if self.frozen else "Nothing was frozen."
+            what = f"Weights were trained, {numbers}. {frozen}"
         items = [
             what,
             f"Trained on {count(self.errors, 'error')} and {self.replay:,} right predictions for "

@@ -689,7 +689,8 @@ def flips(counts: Mapping[str, tuple[int, int, int]], unit: str = "prediction") 
     axes.set_xlim(-max(broken) - 0.3 * span, max(fixed) + 0.3 * span)
     axes.xaxis.set_major_formatter(lambda share, _: f"{abs(share):g}")
     _labels(axes, f"% of all {unit}s: broken to the left, fixed to the right", "")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, **_LEGEND)
+    handles, names = axes.get_legend_handles_labels()  # lines stand before bars
+    figure.legend([*handles[1:], handles[0]], [*names[1:], names[0]], loc="outside upper left", ncols=3, **_LEGEND)
     return figure
 
 
