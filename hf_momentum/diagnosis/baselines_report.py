@@ -374,8 +374,9 @@ class BaselinesReport:
             return "The chosen groups and single groups have no seed in common."
         gained = statistics.fmean(chosen[seed] for seed in both)
         best = statistics.fmean(self.oracle[seed] for seed in both)
-        reached = f"the chosen ones reached {percent(gained / best)} of that ({gained:.1f})"
-        if best <= 0:
+        if best > 0:
+            reached = f"the chosen ones reached {percent(gained / best)} of that ({gained:.1f})"
+        else:
             reached = f"the chosen ones {gained:.1f}, and no single group was worth retraining"
         return (
             f"The best single group gained {best:.1f}; {reached}. Which group is best was seen on the split that it is "

@@ -247,7 +247,8 @@ class DiagnosisReport:
         """One sentence: which groups the errors point to, and how sure that is."""
         if self.trained is None:
             if self.errors:
-                return f"{count(self.errors, self.unit)} of {self.looked_at:,} are wrong, but no gradient was taken."
+                wrong = f"{self.errors:,} of {count(self.looked_at, self.unit)} are wrong"
+                return f"{wrong}, but no gradient of them was taken."
             looked = count(self.looked_at, self.unit)
             return f"{self._model} has none of {looked} of {self._data} wrong: there is nothing to learn from."
         first = self.ranking[0]

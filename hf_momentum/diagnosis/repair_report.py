@@ -84,7 +84,7 @@ class RepairReport:
         >>> report = RepairReport(
         ...     "m", "t", "example", ["head"], [GroupFacts("head", "head", 20), GroupFacts("block.0", "block", 80)],
         ...     "weights", 20, 100, "sgd", 50, "all steps were made", 60, 60, [], 1.0, checked, [],
-        ...     Decision(True, ["net gain of 12, p = 0.0075"]), None,
+        ...     Decision(True, ["Net gain of 12, p = 0.0075."]), None,
         ... )
         >>> report.verdict().partition(":")[0], report.outcome
         ('Accepted', 'accepted')
@@ -196,14 +196,14 @@ class RepairReport:
         """What else a reader has to know, one sentence each: the reasons first.
 
         Example:
-            >>> decision = Decision(False, ["no prediction is wrong"])
+            >>> decision = Decision(False, ["No prediction is wrong."])
             >>> report = RepairReport(
             ...     "m", "t", "example", [], [], "weights", 0, 9, "", 0, "", 0, 0, [], 0.0, None, [], decision, None
             ... )
             >>> report.sentences()
             ['No prediction is wrong.']
         """
-        said = [_sentence(reason) for reason in self.decision.reasons]
+        said = list(self.decision.reasons)
         if self.verification is None:
             return said
         if self.validation is not None:
@@ -350,10 +350,6 @@ class RepairReport:
 
 def _named(split: Verified) -> str:
     return split.name if split.name == split.role else f"{split.name} ({split.role})"
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
 def _verified_of(content: Mapping[str, Any] | None) -> Verified | None:
