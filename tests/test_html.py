@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hf_momentum.evaluation.document import Document, Picture, Text
-from tests import html_specimen
+from tests import diagnosis_specimen, html_specimen
 
 ROOT = Path(__file__).parent.parent
 WIDTHS = (1280, 400)
@@ -109,6 +109,11 @@ def measured(shots, pages: dict[str, str], widths=WIDTHS) -> tuple[dict[str, dic
     return Frames(dom).found, console
 
 
+DIAGNOSES = {
+    "diagnosis": diagnosis_specimen.diagnosis(70),
+    "repair": diagnosis_specimen.repair(26, splits=10),
+    "baselines": diagnosis_specimen.baselines(26, seeds=range(12)),
+}
 MANY = (html_specimen.MANY_METHODS, html_specimen.MANY_SPLITS)
 
 
@@ -117,7 +122,8 @@ def good(shots):
     few = html_specimen.document(html_specimen.METHODS[:2], html_specimen.SPLITS[:2])
     many = html_specimen.document(MANY[0], MANY[1][1:4], domains=MANY[1])
     committed = (ROOT / "docs" / "comparison_reviews" / "report.html").read_text()
-    return measured(shots, {"few": few.to_html(), "many": many.to_html(), "committed": committed})
+    pages = {"few": few.to_html(), "many": many.to_html(), "committed": committed}
+    return measured(shots, pages | {name: report.document().to_html() for name, report in DIAGNOSES.items()})
 
 
 def reads_well(found: dict) -> bool:
@@ -136,6 +142,14 @@ def test_a_report_reads_well(good, name, texts, width):
 def test_the_committed_comparison_reads_well(good, width):
     found = good[0][f"committed {width}"]
     assert {fault: found[fault] for fault in FAULTS if found[fault]} == {} and found["figures"] == 3
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("name", "figures", "texts"), [("diagnosis", 1, 700), ("repair", 3, 60), ("baselines", 2, 50)])
+def test_reports_of_diagnosis_and_repair_read_well(good, name, figures, texts, width):
+    found = good[0][f"{name} {width}"]
+    assert {fault: found[fault] for fault in FAULTS if found[fault]} == {}
+    assert found["figures"] == figures and found["texts"] > texts
 
 
 @pytest.mark.slow

@@ -212,6 +212,77 @@ def test_panels_are_laid_out_whatever_their_number(count):
             figure.draw_without_rendering()
 
 
+# ---- diagnosis and repair --------------------------------------------------------------------------------------------
+
+
+def test_every_column_of_layer_scores_has_its_own_scale_and_its_figures():
+    values = [[4.0, 1e-5], [1.0, 2e-5], [None, math.nan]]
+    axes = pictures.layer_scores(values, ["a", "b", "c"], ["raw", "rms"], ["b"]).axes[0]
+    assert [text.get_text() for text in axes.texts] == [
+        "4.00",
+        "1.00e\N{MINUS SIGN}5",
+        "1.00",
+        "2.00e\N{MINUS SIGN}5",
+        *["\N{EN DASH}"] * 2,
+    ]
+    shades = [patch.get_facecolor() for patch in axes.patches]
+    assert shades[0] == shades[3] and _luminance(shades[2]) > _luminance(shades[1]) > _luminance(shades[0])
+    assert _luminance(shades[4]) == 1
+    (frame,) = axes.patches[6:]
+    assert (frame.get_xy(), frame.get_width(), frame.get_height()) == ((0, 1), 2, 1)
+
+
+def test_columns_of_zeros_and_of_nothing_are_pale():
+    axes = pictures.layer_scores([[0.0, None], [0.0, None]], ["a", "b"], ["x", "y"]).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["0", "\N{EN DASH}"] * 2
+    assert min(_luminance(patch.get_facecolor()) for patch in axes.patches) > 0.85
+
+
+def test_flips_are_shares_of_their_split_and_net_lies_between():
+    axes = pictures.flips({"a": (30, 10, 1000), "b": (3, 5, 50)}).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([3.0, 6.0, -1.0, -10.0])
+    (net,) = [line for line in axes.get_lines() if line.get_marker() == "D"]
+    assert list(net.get_xdata()) == pytest.approx([2.0, -4.0])
+    assert [text.get_text() for text in axes.texts] == ["30 fixed", "10 broken", "3 fixed", "5 broken"]
+
+
+def test_a_path_is_drawn_in_order_and_only_the_chosen_share_is_marked():
+    axes = pictures.mixture_path([(1.0, 2, 0.7), (0.0, 0, 0.9), (0.5, 6, 0.6)], 0.5).axes
+    for one, values in zip(axes, ([0, 6, 2], [0.9, 0.6, 0.7]), strict=True):
+        path, taken = one.get_lines()[:2]
+        assert (list(path.get_xdata()), list(path.get_ydata())) == ([0, 0.5, 1], values)
+        assert (list(taken.get_xdata()), list(taken.get_ydata())) == ([0.5], [values[1]])
+
+
+def test_chosen_groups_are_filled_and_wide_scores_have_a_logarithmic_axis():
+    points = {"seed 0": [(1.0, 2.0, True), (3.0, 1.0, False)], "seed 1": [(2.0, 0.0, False)]}
+    axes = pictures.score_against_gain(points).axes[0]
+    marks = [line for line in axes.get_lines() if line.get_marker() != "None"]
+    filled = [line for line in marks if line.get_markerfacecolor() == line.get_markeredgecolor()]
+    assert [list(line.get_xdata()) for line in filled if len(line.get_xdata())] == [[1.0]]
+    assert sum(len(line.get_xdata()) for line in marks) == 3
+    assert axes.get_xscale() == "linear"
+    assert pictures.score_against_gain({"s": [(1e-3, 1, False), (1.0, 2, False)]}).axes[0].get_xscale() == "log"
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: pictures.layer_scores([[math.inf, math.nan]], ["a"], ["x", "y"]),
+        lambda: pictures.flips({"a": (0, 0, 0)}),
+        lambda: pictures.mixture_path([(0.0, 0.0, math.nan)], 0.5),
+        lambda: pictures.score_against_gain({"a": [(math.nan, 1.0, True)], "b": []}),
+        lambda: pictures.score_against_gain({"a": [(0.0, 0.0, False)]}),
+    ],
+)
+def test_nothing_breaks_where_there_is_little_to_draw(draw):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = draw()
+        figure.draw_without_rendering()
+    assert all(math.isfinite(end) for axes in figure.axes for end in (*axes.get_xlim(), *axes.get_ylim()))
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +295,11 @@ def test_panels_are_laid_out_whatever_their_number(count):
         (lambda: pictures.reliability({}), "at least one series"),
         (lambda: pictures.severities({}), "at least one curve"),
         (lambda: pictures.split_bars({"a": {}}), "at least one figure"),
+        (lambda: pictures.layer_scores([], [], []), "must be 0 rows of 0"),
+        (lambda: pictures.layer_scores([[1.0]], ["r"], ["a", "b"]), r"must be 1 rows of 2, got 1 rows of \[1\]"),
+        (lambda: pictures.flips({}), "at least one split"),
+        (lambda: pictures.mixture_path([], 0.5), "at least one point"),
+        (lambda: pictures.score_against_gain({"a": []}), "at least one point"),
         (lambda: pictures.forgetting_matrix([], [], []), "must be 0 rows of 0"),
         (lambda: pictures.forgetting_matrix([[1.0]], ["r"], ["a", "b"]), r"must be 1 rows of 2, got 1 rows of \[1\]"),
     ],

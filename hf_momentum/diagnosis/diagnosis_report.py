@@ -100,9 +100,6 @@ class DiagnosisReport:
         facts: what ran and what it cost, in the order to be listed.
         command: repeats the diagnosis.
 
-    Raises:
-        InputError: `from_json` was given something else.
-
     Example:
         >>> raw = {name: [Estimate(2.0, 1.5, 2.6), Estimate(1.0, 0.8, 1.2)] for name in SCORES}
         >>> found = Compared(Attribution(40, 40, 2.1, raw, None), None, [], [0.97, 0.03])
@@ -250,7 +247,8 @@ class DiagnosisReport:
         """One sentence: which groups the errors point to, and how sure that is."""
         if self.trained is None:
             if self.errors:
-                return f"{count(self.errors, self.unit)} of {self.looked_at:,} are wrong, but no gradient was taken."
+                wrong = f"{self.errors:,} of {count(self.looked_at, self.unit)} are wrong"
+                return f"{wrong}, but no gradient of them was taken."
             looked = count(self.looked_at, self.unit)
             return f"{self._model} has none of {looked} of {self._data} wrong: there is nothing to learn from."
         first = self.ranking[0]
@@ -479,11 +477,12 @@ def _control(name: str, found: RankCorrelation) -> Control:
     asked = _CONTROLS[name]
     if found.rho is None:
         return Control(name, found, "nothing: one of the two is the same for all groups", False)
+    chance = f"; of so few groups it may be chance (p = {found.p_value:.2g})" if found.p_value >= 0.05 else ""
     if found.rho > CLOSE:
-        return Control(name, found, asked.close, asked.caution)
+        return Control(name, found, asked.close + chance, asked.caution)
     if name == "parameters" and found.rho < -CLOSE:
         words = "the ranking is close to the reverse of that by size: small groups are first whatever the errors are"
-        return Control(name, found, words, True)
+        return Control(name, found, words + chance, True)
     if found.p_value < 0.05:
         return Control(name, found, f"{'partly alike' if found.rho > 0 else 'partly the reverse'}, not close", False)
     return Control(name, found, "no significant correlation", False)

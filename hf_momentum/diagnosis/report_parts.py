@@ -61,11 +61,9 @@ def another_version(kind: Kind, name: str, error: Exception) -> InputError:
 
     Example:
         >>> print(another_version(Kind("k", "hf-momentum repair"), "x.json", KeyError("share")))
-        x.json is a report of another version ('share' is missing or unknown); run `hf-momentum repair` again
+        x.json is a report of another version ('share'); run `hf-momentum repair` again
     """
-    return InputError(
-        f"{name} is a report of another version ({error} is missing or unknown); run `{kind.command}` again"
-    )
+    return InputError(f"{name} is a report of another version ({error}); run `{kind.command}` again")
 
 
 def closing(facts: Mapping[str, str], notes: Sequence[str], command: str) -> list[Block]:

@@ -398,7 +398,7 @@ def _matrix(
     for i, row in enumerate(shares):
         for j, share in enumerate(row):
             known = share is not None and math.isfinite(share)
-            shade = to_hex(shades(share)) if known else "#ffffff"
+            shade = to_hex(shades(share or 0.0)) if known else "#ffffff"
             axes.add_patch(Rectangle((j, i), 1, 1, facecolor=shade, edgecolor="white", lw=1.5))
             text = texts[i][j].replace("-", _MINUS) if known else _DASH
             colour = "#000000" if lightness(shade) > 49.5 else "#ffffff"  # either way a contrast of 4.5
@@ -689,7 +689,8 @@ def flips(counts: Mapping[str, tuple[int, int, int]], unit: str = "prediction") 
     axes.set_xlim(-max(broken) - 0.3 * span, max(fixed) + 0.3 * span)
     axes.xaxis.set_major_formatter(lambda share, _: f"{abs(share):g}")
     _labels(axes, f"% of all {unit}s: broken to the left, fixed to the right", "")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, **_LEGEND)
+    handles, names = axes.get_legend_handles_labels()  # lines stand before bars
+    figure.legend([*handles[1:], handles[0]], [*names[1:], names[0]], loc="outside upper left", ncols=3, **_LEGEND)
     return figure
 
 
