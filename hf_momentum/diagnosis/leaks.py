@@ -257,8 +257,8 @@ def refuse_leaks(splits: Mapping[str, Iterable[Example]]) -> None:
     more = "".join(f"; {leak}" for leak in leaks[1:])
     raise InputError(
         f"{shown}: row {shown.rows[0]} of {shown.first!r} (rows count from 0) and row {shown.rows[1]} of "
-        f"{shown.second!r}, {shown.text}{more}. Remove such examples from one of the two, or let --cut make three parts of one file "
-        "which keeps equal texts together"
+        f"{shown.second!r}, {shown.text}{more}. Remove such examples from one of the two, or let --cut make "
+        "three parts of one file, which keeps equal texts together"
     )
 
 

@@ -37,16 +37,20 @@ def diagnose(settings: Settings, command: str = "") -> DiagnosisReport | None:
         >>> settings = Settings("my-model", data)  # then: diagnose(settings).write(Path("outputs/diagnosis"))
     """
     check(settings)
-    data = Data.load(settings)
+    report, _ = diagnosed(Data.load(settings), settings, command)
+    return None if launched_processes() > 1 and not PartialState().is_main_process else report
+
+
+def diagnosed(data: Data, settings: Settings, command: str = "") -> tuple[DiagnosisReport, Found]:
+    """The same for a model and data that are loaded; with what the report was made from."""
     started = time.perf_counter()
     found = attribute(data.evaluated, data, settings)
     random = None
     if found.compared is not None and settings.random:
         control = untrained(data.evaluated, model_task(settings.data.task), settings.seed)
         random = scores_of(control, data, settings, found)
-    if launched_processes() > 1 and not PartialState().is_main_process:
-        return None
-    return _report(settings, found, random, command, _facts(data.evaluated, time.perf_counter() - started))
+    facts = _facts(data.evaluated, time.perf_counter() - started)
+    return _report(settings, found, random, command, facts), found
 
 
 def settings_of(given: Mapping[str, Any]) -> Settings:

@@ -102,6 +102,31 @@ def parser() -> RecipeParser:
     return RecipeParser(_DATACLASSES, prog="hf-momentum train", allow_abbrev=False)
 
 
+def training_arguments(words: Sequence[str]) -> MomentumTrainingArguments:
+    """The Trainer's arguments alone, as typed.
+
+    Raises:
+        InputError: an unknown argument, a value that does not fit, an optimizer argument out of range.
+
+    Example:
+        >>> training_arguments(["--output_dir=out", "--optim=tam", "--optim_args=gamma=0.8", "--use_cpu"]).optim_args
+        'gamma=0.8'
+    """
+    made = RecipeParser([MomentumTrainingArguments], allow_abbrev=False)
+    try:
+        arguments, unknown = made.parse_args_into_dataclasses(
+            list(words), return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(_one_line(error)) from error
+    if unknown:
+        names = [field.name for field in dataclasses.fields(MomentumTrainingArguments) if field.init]
+        flag = unknown[0].removeprefix("--").partition("=")[0].replace("-", "_")
+        raise InputError(f"unknown argument {unknown[0]!r}{nearest(flag, names)}")
+    _check_training(arguments)
+    return arguments
+
+
 def load_recipe(config: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply `--key value` overrides.
 
@@ -256,11 +281,7 @@ def _overridden(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _check(recipe: Recipe) -> None:
-    name = recipe.training.optim
-    if name in OPTIMIZERS:
-        keyword_arguments(OPTIMIZERS[name], recipe.training)
-    if recipe.training.momentum_schedule is not None:
-        _check_momentum(recipe.training)
+    _check_training(recipe.training)
     _check_surgery(recipe)
     at_least_one = {
         "aux_batch_size": recipe.bloop.aux_batch_size,
@@ -281,8 +302,15 @@ def _check(recipe: Recipe) -> None:
         raise InputError(f"scratch_hidden_size must be a multiple of 32, got {recipe.model.scratch_hidden_size}")
     if not 0 <= recipe.peft.lora_dropout < 1:
         raise InputError(f"lora_dropout must be in [0, 1), got {recipe.peft.lora_dropout}")
-    if recipe.training.learning_rate < 0:
-        raise InputError(f"learning_rate must be at least 0, got {recipe.training.learning_rate}")
+
+
+def _check_training(training: MomentumTrainingArguments) -> None:
+    if training.optim in OPTIMIZERS:
+        keyword_arguments(OPTIMIZERS[training.optim], training)
+    if training.momentum_schedule is not None:
+        _check_momentum(training)
+    if training.learning_rate < 0:
+        raise InputError(f"learning_rate must be at least 0, got {training.learning_rate}")
 
 
 def _check_surgery(recipe: Recipe) -> None:
