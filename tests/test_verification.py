@@ -265,5 +265,6 @@ def test_one_document_that_gains_much_does_not_outweigh_many_that_lose():
     assert "net +180, 1 of 21 rows better and 20 worse: no gain" in decision.reasons[0]
     assert not decide(GAIN, [replace(found, role="shifted")]).accepted, "a loss of most rows is a loss elsewhere too"
     turned = verified("news", "shifted", "news@test", after, before)
+    assert not decide(turned, []).accepted, "nor do many that gain a little outweigh one that loses more"
     kept = decide(GAIN, [turned])
     assert kept.accepted and "a loss in all, though more rows are better" in kept.reasons[-1]

@@ -293,9 +293,9 @@ def cut(
     """Cuts one dataset into parts between which `find_leaks` finds nothing, with the labels of the whole in each.
 
     Examples that are equal, or of which one is mostly made of runs of the others, hang together and go to one part.
-    The others are dealt out label by label, each to the part that lacks most. Without such ties a part has its share
-    of all examples, and of those of each label, to within two examples or so; a large set of texts that hang together
-    can make it differ by as much as its size.
+    Sets of them are dealt out label by label, each to the part that lacks most. Where every example stands for itself,
+    a part has its share of all of them to about one example, and of each label to two; a large set of texts that hang
+    together can make it differ by as much as its size.
 
     Args:
         examples: texts, arrays or PIL images; read once.
