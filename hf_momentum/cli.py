@@ -89,6 +89,21 @@ examples:
 MODEL is a Hub name, a folder, PEFT adapters, or a checkpoint of a run under any launch. It is not changed. Exit status
 0 also where there is no error to learn from."""
 
+REPAIR_HELP = """\
+Retrain only the layer groups to which a model's errors point, with critically damped momentum, and prove on a third
+split, which neither diagnosis nor training saw, that more was fixed than broken. Else the repair is rolled back.
+
+examples:
+  hf-momentum repair --model outputs/sentiment_minilm --data products.jsonl --output_dir outputs/repair
+  hf-momentum repair --model mine --data failed.csv --validation v.csv --test t.csv --suite reviews --top 2
+  hf-momentum repair --model mine --data failed.csv --layers head,block.11 --lora_r 8 --distill 1 \\
+    --optim critical_sgd --learning_rate 1e-3 --max_steps 200
+  hf-momentum repair --model mine --data failed.csv --baselines --seeds 5 --learning_rates 1e-5,5e-5
+
+The model is not changed; an accepted repair lies in OUT/model. Any of transformers' TrainingArguments can be given as
+--field value. A repair that was interrupted goes on when the command is given again. Exit status: 0 accepted, or
+nothing to repair; 3 rolled back; 2 input that cannot be used."""
+
 RUN_HELP = """\
 Run any script or module that uses a Trainer with our --optim names registered, unchanged.
 
@@ -146,6 +161,7 @@ def _dispatch(words: list[str]) -> int:
     commands.add_parser("stream", help="fine-tune through domains and see what is forgotten", add_help=False)
     commands.add_parser("evaluate", help="score a model on a suite of splits", add_help=False)
     commands.add_parser("diagnose", help="find the layers that a model's errors point to", add_help=False)
+    commands.add_parser("repair", help="retrain those layers, and verify it", add_help=False)
     commands.add_parser("run", help="run any script with our --optim names", add_help=False)
     commands.add_parser("export", help="write a checkpoint as a plain folder", add_help=False)
     commands.add_parser("optimizers", help="list the optimizers and their arguments")
@@ -163,6 +179,8 @@ def _dispatch(words: list[str]) -> int:
         return _evaluate(rest)
     if command == "diagnose":
         return _diagnose(rest)
+    if command == "repair":
+        return _repair(rest)
     if command == "run":
         return _run(rest)
     if command == "export":
@@ -229,13 +247,13 @@ def _pareto(words: list[str]) -> int:
     parser.add_argument("--output_dir", metavar="OUT", required=True, help="for runs.jsonl, the report and fronts.png")
     known, overrides = parser.parse_known_args(words)
     from hf_momentum.training import pareto
-    from hf_momentum.training.words import listed
+    from hf_momentum.training.words import listed, numbers
 
     made = pareto.plan(
         known.config,
         overrides,
         surgeries=listed(known.surgeries),
-        lambdas=pareto.numbers("lambdas", known.lambdas),
+        lambdas=numbers("lambdas", known.lambdas),
         seeds=known.seeds,
         main=known.main,
         auxiliary=known.auxiliary,
@@ -475,6 +493,59 @@ def _diagnose(words: list[str]) -> int:
         path = report.write(Path(known.output_dir))
         print("\n" + "\n".join([*report.sentences(), f"Report: {path} (and report.md, report.json, plots/)"]))
     return 0
+
+
+def _repair(words: list[str]) -> int:
+    parser = _OneLineParser(
+        prog="hf-momentum repair",
+        description=REPAIR_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", metavar="M", required=True, help="what to repair")
+    parser.add_argument("--data", metavar="D", required=True, help="SOURCE@SPLIT to diagnose and train on")
+    parser.add_argument("--validation", metavar="V", help="SOURCE@SPLIT to stop by and to choose the mixture")
+    parser.add_argument("--test", metavar="T", help="SOURCE@SPLIT that decides")
+    parser.add_argument("--cut", metavar="A,B,C", default="0.5,0.2,0.3", help="or parts of D (%(default)s)")
+    parser.add_argument("--suite", metavar="SUITE", help="splits on which nothing may be lost")
+    parser.add_argument("--source", metavar="NAME=SOURCE", action="append", default=[], help="in place of the suite's")
+    parser.add_argument("--layers", metavar="NAMES", default="", help="groups to train, in place of a diagnosis")
+    _add_groups(parser)
+    _add_data(parser)
+    how = parser.add_argument_group("training")
+    how.add_argument("--lora_r", metavar="R", type=int, help="train LoRA adapters of this rank on just those groups")
+    how.add_argument("--replay", metavar="N", type=float, default=1.0, help="right examples per error (%(default)s)")
+    how.add_argument("--distill", metavar="W", type=float, default=0.0, help="pull to the old model (%(default)s)")
+    how.add_argument("--patience", metavar="N", type=int, default=3, help="0: never stop early (%(default)s)")
+    how.add_argument("--shares", metavar="LIST", default="0.25,0.5,0.75,1", help="of new weights (%(default)s)")
+    how.add_argument("--alpha", metavar="P", type=float, default=0.05, help="of the decision (%(default)s)")
+    how.add_argument("--keep_checkpoints", action="store_true", help="of the training, when it is over")
+    others = parser.add_argument_group("is the diagnosis worth anything?")
+    others.add_argument("--baselines", action="store_true", help="train other choices too, and compare")
+    others.add_argument("--seeds", metavar="N", type=int, default=5, help="from the seed on (%(default)s)")
+    others.add_argument("--learning_rates", metavar="LIST", default="", help="over which validation tunes each way")
+    parser.add_argument("--batch_size", metavar="N", type=int, default=16, help="when measuring (%(default)s)")
+    parser.add_argument("--device", metavar="NAME", help="such as cuda:1; the accelerator unless given")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub model")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--output_dir", metavar="OUT", default="outputs/repair", help="(%(default)s)")
+    known, overrides = parser.parse_known_args(words)
+    from hf_momentum.training import diagnose, repair, repair_baselines
+    from hf_momentum.training.words import numbers
+
+    plan = repair.plan_of(vars(known), overrides)
+    command = diagnose.command_of("repair", words)
+    place = Path(known.output_dir)
+    if known.baselines:
+        rates = numbers("learning_rates", known.learning_rates)
+        report = repair_baselines.run(plan, known.seeds, rates, command)
+        path = report.write(place)
+        print("\n" + "\n".join([*report.sentences(), f"Report: {path} (and report.md, report.json, plots/)"]))
+        return 0
+    found = repair.repair(plan, command)
+    kept = f"Repaired model: {place / 'model'}" if found.decision.accepted else "The model stays as it was."
+    print("\n" + "\n".join([*found.sentences(), kept, f"Report: {place / 'report.html'} (and report.md, report.json)"]))
+    return repair.ROLLED_BACK if found.outcome == "rolled back" else 0
 
 
 def _run(words: list[str]) -> int:

@@ -31,7 +31,7 @@ from hf_momentum.training.plans import ALONE, check_overrides, digest
 from hf_momentum.training.processes import environment_of_one_process, launched_processes
 from hf_momentum.training.quiet import quiet
 from hf_momentum.training.recipe import Recipe, load_recipe
-from hf_momentum.training.words import duration, listed
+from hf_momentum.training.words import duration
 
 BASE = "base model"
 SURGERIES: tuple[str, ...] = get_args(get_type_hints(BloopArguments)["surgery"])
@@ -151,22 +151,6 @@ def examples_per_device(recipe: Recipe) -> tuple[int, int]:
     """Main and auxiliary examples that one device sees in one micro-batch of a surgery; replay sees their sum."""
     main = recipe.training.per_device_train_batch_size
     return main, recipe.bloop.aux_batch_size or main
-
-
-def numbers(name: str, text: str) -> list[float]:
-    """The numbers of a list with commas.
-
-    Raises:
-        InputError: a word is no number; `name` says of which argument.
-
-    Example:
-        >>> numbers("lambdas", "0.01,1")
-        [0.01, 1.0]
-    """
-    try:
-        return [float(word) for word in listed(text)]
-    except ValueError as error:
-        raise InputError(f"{name} must be numbers with commas, such as 0.01,0.1,1; got {text!r}") from error
 
 
 def plan(

@@ -19,7 +19,7 @@ import datasets
 import numpy as np
 import torch
 
-from hf_momentum.diagnosis.diagnosis_report import DiagnosisReport
+from hf_momentum.diagnosis.diagnosis_report import FEW, DiagnosisReport
 from hf_momentum.diagnosis.groups import LayerGroup, chosen_groups, layer_groups
 from hf_momentum.diagnosis.leaks import cut, refuse_leaks
 from hf_momentum.diagnosis.repair_report import RepairReport
@@ -30,7 +30,7 @@ from hf_momentum.evaluation.suite import CLASSIFIERS, Suite, SuiteSplit
 from hf_momentum.evaluation.writing import write_whole
 from hf_momentum.training.arguments import MomentumTrainingArguments
 from hf_momentum.training.checkpoints import last_complete
-from hf_momentum.training.diagnose import FEW, diagnosed, facts_of
+from hf_momentum.training.diagnose import diagnosed, facts_of, settings_of, split_of
 from hf_momentum.training.evaluated import Evaluated, load_evaluated
 from hf_momentum.training.examples import examples_of
 from hf_momentum.training.job import peak_memory
@@ -47,9 +47,11 @@ from hf_momentum.training.retrain import (
     with_lora,
 )
 from hf_momentum.training.samples import Data, Settings, model_task
-from hf_momentum.training.suite_rows import load_rows
+from hf_momentum.training.suite_rows import load_rows, load_suite
+from hf_momentum.training.words import listed, numbers
 
 ROLLED_BACK = 3  # exit status
+UNCHANGED = "No mixture of old and new weights gained anything on validation."
 
 # What is trained with unless it is given: critically damped momentum, SGD's for pictures and Adam's for texts.
 _DEFAULTS: Mapping[str, Mapping[str, str]] = {
@@ -160,6 +162,41 @@ class Splits:
     others: Sequence[Held] = field(default_factory=list)
 
 
+def plan_of(given: Mapping[str, Any], overrides: Sequence[str]) -> Plan:
+    """A repair from the command line's words.
+
+    Raises:
+        InputError: a value that is not accepted.
+
+    Example:
+        >>> given = {"model": "mine", "data": "a.csv", "task": "causal_lm", "output_dir": "out", "cut": "0.6,0.2,0.2"}
+        >>> plan_of(given, ["--max_steps=5"]).cut
+        [0.6, 0.2, 0.2]
+    """
+    settings = settings_of(given)
+    task = settings.data.task
+    others: list[SuiteSplit] = []
+    if given.get("suite"):
+        others = others_of(load_suite(given["suite"], given.get("source", ()), given.get("max_examples")), task)
+    named = {
+        name: split_of(name, given[name], task, given) for name in ("validation", "test") if given.get(name) is not None
+    }
+    same = ("lora_r", "replay", "distill", "patience", "alpha", "keep_checkpoints")
+    lists = {name: numbers(name, given[name]) for name in ("cut", "shares") if name in given}
+    plan = Plan(
+        settings=settings,
+        folder=given["output_dir"],
+        others=others,
+        layers=listed(given.get("layers", "")),
+        overrides=list(overrides),
+        **named,
+        **lists,
+        **{name: given[name] for name in same if name in given},
+    )
+    check(plan)
+    return plan
+
+
 def check(plan: Plan) -> None:
     """Refuse what can be seen to be wrong before anything is loaded.
 
@@ -252,8 +289,8 @@ def others_of(suite: Suite, task: str) -> list[SuiteSplit]:
 def repair(plan: Plan, command: str = "") -> RepairReport:
     """Diagnose, retrain, verify, and keep the new model or not.
 
-    Written to the folder: report.html, report.md, report.json and plots; diagnosis/ with its own report; and model/ with
-    the repaired model, if it is accepted. An interrupted repair goes on when it is called again with the same plan.
+    Written to the folder: report.html, report.md, report.json and plots; diagnosis/ with its own report; and model/
+    with the repaired model, if it is accepted. An interrupted repair goes on when it is called again as it was.
 
     Raises:
         InputError: model, data, groups or settings cannot be used as given; the folder holds another repair.
@@ -264,7 +301,7 @@ def repair(plan: Plan, command: str = "") -> RepairReport:
     """
     check(plan)
     folder = Path(plan.folder)
-    _claim(folder, plan)
+    claim(folder, plan)
     task, batch = plan.settings.data.task, plan.settings.batch_size
     evaluated = load_evaluated(
         plan.settings.model, model_task(task), plan.settings.device, "float32", plan.settings.revision
@@ -308,9 +345,7 @@ def repair(plan: Plan, command: str = "") -> RepairReport:
     checked = [_verified(held, *pair) for held, *pair in zip(measured, old, new, strict=True)]
     decision = decide(checked[1], checked[2:], plan.alpha)
     if found.share == 0:
-        decision = Decision(
-            False, ["No mixture of old and new weights gained anything on validation.", *decision.reasons]
-        )
+        decision = Decision(False, [UNCHANGED, *decision.reasons])
     if decision.accepted:
         _save(evaluated, folder)
     report = RepairReport(
@@ -344,7 +379,7 @@ def repair(plan: Plan, command: str = "") -> RepairReport:
     return report
 
 
-def _claim(folder: Path, plan: Plan) -> None:
+def claim(folder: Path, plan: Plan) -> None:
     """Note in the folder which repair it holds.
 
     Raises:
@@ -429,9 +464,7 @@ def _notes(plan: Plan, errors: int) -> list[str]:
         notes.append(f"There were only {errors} errors to learn from.")
     if plan.validation is None:
         shares = ", ".join(f"{100 * share:g} %" for share in plan.cut)
-        notes.append(
-            f"The data were cut into training, validation and test ({shares}); alike examples stayed together."
-        )
+        notes.append(f"The data were cut into training, validation and test ({shares}), like examples together.")
     if plan.distill:
         notes.append(f"The old model pulls at what it had right, with weight {plan.distill:g}.")
     return notes
