@@ -252,15 +252,15 @@ class BaselinesReport:
             )
         interval, *others = self.worth
         assert interval.size is not None
-        rho = f"the rank correlation of {self.score} with the net gain of single groups is {interval.size.shown(2)}"
+        rho = f"the rank correlation of {self.score} with the net gain of single groups is"
         if len(found) < 2:
             (seed,) = found
             p_value = self._correlated[self.score][seed].p_value
             return (
-                f"Of one seed only, {rho} (p = {p_value:.2g} over groups): nothing is known about other runs, so "
-                "whether the diagnosis was worth anything is not known."
+                f"Of one seed only, {rho} {found[seed]:.2f} (p = {p_value:.2g} over groups): nothing is known about other "
+                "runs, so whether the diagnosis was worth anything is not known."
             )
-        rho += f" over {len(found)} seeds"
+        rho += f" {interval.size.shown(2)} over {len(found)} seeds"
         if interval.words == "smaller":
             return f"The diagnosis misled: {rho}, below 0 (p = {interval.adjusted:.2g})."
         if interval.words != "larger":
