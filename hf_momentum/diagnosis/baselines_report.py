@@ -257,8 +257,8 @@ class BaselinesReport:
             (seed,) = found
             p_value = self._correlated[self.score][seed].p_value
             return (
-                f"Of one seed only, {rho} {found[seed]:.2f} (p = {p_value:.2g} over groups): nothing is known about other "
-                "runs, so whether the diagnosis was worth anything is not known."
+                f"Of one seed only, {rho} {found[seed]:.2f} (p = {p_value:.2g} over groups): nothing is known about "
+                "other runs, so whether the diagnosis was worth anything is not known."
             )
         rho += f" {interval.size.shown(2)} over {len(found)} seeds"
         if interval.words == "smaller":
