@@ -6,6 +6,7 @@ that retraining it alone achieved; and whether the same figure of a score that k
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_momentum.diagnosis.overlap import RankCorrelation, spearman
+from hf_momentum.diagnosis.overlap import Correlation, spearman
 from hf_momentum.diagnosis.report_parts import Kind, another_version, closing, count, from_record, percent, to_record
 from hf_momentum.diagnosis.results import BaselineRun, Flips
 from hf_momentum.errors import InputError
@@ -215,7 +216,7 @@ class BaselinesReport:
     def correlations(self) -> dict[str, dict[int, float]]:
         """By score and by control: Spearman's rho with net gain over single groups at each seed, where it is known."""
         return {
-            name: {seed: one.rho for seed, one in seeds.items() if one.rho is not None}
+            name: {seed: one.value for seed, one in seeds.items() if one is not None}
             for name, seeds in self._correlated.items()
         }
 
@@ -252,15 +253,16 @@ class BaselinesReport:
             )
         interval, *others = self.worth
         assert interval.size is not None
-        rho = f"the rank correlation of {self.score} with the net gain of single groups is {interval.size.shown(2)}"
+        rho = f"the rank correlation of {self.score} with the net gain of single groups is"
         if len(found) < 2:
             (seed,) = found
-            p_value = self._correlated[self.score][seed].p_value
+            one = self._correlated[self.score][seed]
+            assert one is not None
             return (
-                f"Of one seed only, {rho} (p = {p_value:.2g} over groups): nothing is known about other runs, so "
-                "whether the diagnosis was worth anything is not known."
+                f"Of one seed only, {rho} {one.value:.2f} (p = {one.p_value:.2g} over groups): nothing is known about "
+                "other runs, so whether the diagnosis was worth anything is not known."
             )
-        rho += f" over {len(found)} seeds"
+        rho += f" {interval.size.shown(2)} over {len(found)} seeds"
         if interval.words == "smaller":
             return f"The diagnosis misled: {rho}, below 0 (p = {interval.adjusted:.2g})."
         if interval.words != "larger":
@@ -353,15 +355,15 @@ class BaselinesReport:
         return found
 
     @cached_property
-    def _correlated(self) -> dict[str, dict[int, RankCorrelation]]:
+    def _correlated(self) -> dict[str, dict[int, Correlation | None]]:
         """Every score and control, then the number of parameters: its rank correlation with the gains at each seed."""
         single = [run for run in self.runs if run.method.startswith(SINGLE)]
         sizes = {run.method.removeprefix(SINGLE): float(run.parameters) for run in single}
-        found: dict[str, dict[int, RankCorrelation]] = {}
+        found: dict[str, dict[int, Correlation | None]] = {}
         for by_seed in (self.scores, self.controls, {seed: {PARAMETERS: sizes} for seed in self._gains}):
             for seed, gains in self._gains.items():
                 for name, values in by_seed.get(seed, {}).items():
-                    common = [group for group in gains if group in values]
+                    common = [group for group in gains if math.isfinite(values.get(group, math.nan))]
                     if len(common) > 2:
                         one = spearman([values[group] for group in common], [gains[group] for group in common])
                         found.setdefault(name, {})[seed] = one

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_momentum.diagnosis.overlap import RankCorrelation, spearman
+from hf_momentum.diagnosis.overlap import Correlation, spearman
 from hf_momentum.diagnosis.report_parts import (
     Kind,
     another_version,
@@ -70,13 +70,14 @@ class Control:
 
     Attributes:
         name: of the other ranking.
-        correlation: of the two rankings, over the groups.
+        correlation: of the two rankings, over the groups; None where one of them is the same for all groups, or a score
+            is not a number.
         words: what it says.
         caution: whether the ranking may be about something else than errors.
     """
 
     name: str
-    correlation: RankCorrelation
+    correlation: Correlation | None
     words: str
     caution: bool
 
@@ -212,7 +213,7 @@ class DiagnosisReport:
         values["parameters"] = [float(group.parameters) for group in self.groups]
         ranking = values[self.ranked_by]
         others = [name for name in _CONTROLS if name in values and name != self.ranked_by]
-        return [_control(name, spearman(ranking, values[name])) for name in others]
+        return [_control(name, ranking, values[name]) for name in others]
 
     @property
     def first_share(self) -> float | None:
@@ -404,8 +405,8 @@ class DiagnosisReport:
             [
                 _CONTROLS[control.name].what,
                 control.words,
-                "" if control.correlation.rho is None else f"{control.correlation.rho:+.2f}",
-                "" if control.correlation.rho is None else f"{control.correlation.p_value:.3g}",
+                "" if control.correlation is None else f"{control.correlation.value:+.2f}",
+                "" if control.correlation is None else f"{control.correlation.p_value:.3g}",
             ]
             for control in self.controls
         ]
@@ -473,18 +474,21 @@ _CONTROLS = {
 }
 
 
-def _control(name: str, found: RankCorrelation) -> Control:
+def _control(name: str, ranking: Sequence[float], other: Sequence[float]) -> Control:
     asked = _CONTROLS[name]
-    if found.rho is None:
-        return Control(name, found, "nothing: one of the two is the same for all groups", False)
+    if any(map(math.isnan, (*ranking, *other))):
+        return Control(name, None, "nothing: a score is not a number", False)
+    found = spearman(ranking, other)
+    if found is None:
+        return Control(name, None, "nothing: one of the two is the same for all groups", False)
     chance = f"; of so few groups it may be chance (p = {found.p_value:.2g})" if found.p_value >= 0.05 else ""
-    if found.rho > CLOSE:
+    if found.value > CLOSE:
         return Control(name, found, asked.close + chance, asked.caution)
-    if name == "parameters" and found.rho < -CLOSE:
+    if name == "parameters" and found.value < -CLOSE:
         words = "the ranking is close to the reverse of that by size: small groups are first whatever the errors are"
         return Control(name, found, words + chance, True)
     if found.p_value < 0.05:
-        return Control(name, found, f"{'partly alike' if found.rho > 0 else 'partly the reverse'}, not close", False)
+        return Control(name, found, f"{'partly alike' if found.value > 0 else 'partly the reverse'}, not close", False)
     return Control(name, found, "no significant correlation", False)
 
 

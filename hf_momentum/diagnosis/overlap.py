@@ -14,22 +14,22 @@ _DRAWN = 10_000
 
 
 @dataclass(frozen=True)
-class RankCorrelation:
+class Correlation:
     """Spearman's rank correlation of two lists.
 
     Attributes:
-        rho: from -1 to 1; None where all values of either list are equal.
+        value: from -1 to 1.
         p_value: two-sided: the share of permutations with a correlation at least as far from 0.
         exact: whether all permutations were counted; else 10,000 drawn ones and the list itself.
     """
 
-    rho: float | None
+    value: float
     p_value: float
-    exact: bool = True
+    exact: bool
 
 
-def spearman(first: Sequence[float], second: Sequence[float], seed: int = 0) -> RankCorrelation:
-    """The rank correlation of two scores of the same groups.
+def spearman(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Correlation | None:
+    """The rank correlation of two scores of the same groups; None if all are equal in either.
 
     Equal values share the mean of their ranks. The p-value is exact up to 9 groups, ties included. Beyond, it is
     (k + 1) / (n + 1), where k of n = 10,000 drawn permutations correlate at least as strongly: never 0, and valid.
@@ -43,8 +43,8 @@ def spearman(first: Sequence[float], second: Sequence[float], seed: int = 0) -> 
 
     Example:
         >>> spearman([1.0, 2.0, 3.0, 4.0], [10.0, 30.0, 20.0, 40.0])
-        RankCorrelation(rho=0.8, p_value=0.3333333333333333, exact=True)
-        >>> spearman([1.0, 2.0], [5.0, 5.0]).rho is None
+        Correlation(value=0.8, p_value=0.3333333333333333, exact=True)
+        >>> spearman([1.0, 2.0], [5.0, 5.0]) is None
         True
     """
     if len(first) != len(second):
@@ -55,7 +55,7 @@ def spearman(first: Sequence[float], second: Sequence[float], seed: int = 0) -> 
     count, a, b = len(first), _doubled_ranks(first), _doubled_ranks(second)
     spread = _moment(a, a) * _moment(b, b)
     if spread == 0:
-        return RankCorrelation(None, 1.0)
+        return None
     observed = _moment(a, b)
     exact = count <= _EXACT_UP_TO
     if exact:
@@ -64,7 +64,7 @@ def spearman(first: Sequence[float], second: Sequence[float], seed: int = 0) -> 
         every = np.random.default_rng(seed).permuted(np.tile(b, (_DRAWN, 1)), axis=1)
     as_far = int((np.abs(count * (every @ a) - a.sum() * b.sum()) >= abs(observed)).sum())
     p_value = as_far / len(every) if exact else (as_far + 1) / (len(every) + 1)
-    return RankCorrelation(observed / math.sqrt(spread), p_value, exact)
+    return Correlation(observed / math.sqrt(spread), p_value, exact)
 
 
 def _doubled_ranks(values: Sequence[float]) -> np.ndarray:

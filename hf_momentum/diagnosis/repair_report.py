@@ -286,6 +286,8 @@ class RepairReport:
         sources = [f"**{literal(split.name)}**: {literal(short(split.source))}" for split in splits]
         return [
             Table([*header, "positive flip rate", "negative flip rate"], rows),
+            Text(TERMS),
+            Text(self._p_values()),
             Details("Where the splits are from", [Bullets(sources)]),
         ]
 

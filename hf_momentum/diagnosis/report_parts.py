@@ -94,11 +94,13 @@ def percent(share: float) -> str:
     """A share in words.
 
     Example:
-        >>> percent(0.1834), percent(0.0004), percent(1.0), percent(0.0)
-        ('18.3 %', '0.04 %', '100 %', '0 %')
+        >>> percent(0.1834), percent(0.0004), percent(1.2), percent(0.0)
+        ('18.3 %', '0.04 %', '120 %', '0 %')
     """
     hundredths = 100 * share
-    return f"{hundredths:.1f} %" if 1 <= abs(hundredths) < 99.95 else f"{hundredths:.2g} %".replace("1e+02", "100")
+    if 1 <= abs(hundredths) < 99.95:
+        return f"{hundredths:.1f} %"
+    return f"{hundredths:.2g} %" if abs(hundredths) < 1 else f"{hundredths:.0f} %"
 
 
 def count(number: int, unit: str) -> str:

@@ -607,7 +607,7 @@ def layer_scores(
 
     Args:
         values: `[groups][scores]`, not below 0; None or NaN where nothing was measured. The darkest cell of a column is
-            its largest value; an empty scale ends at 0.
+            its largest value.
         groups: their names, in the order of the model.
         scores: their names.
         chosen: groups with a frame around their row.

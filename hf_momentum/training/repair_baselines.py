@@ -191,12 +191,8 @@ class _Bench:
         by_group = {name: way.rates[group.name] for group in way.groups if way.rates for name in group.weights}
         best, weights = None, None
         for rate in learning_rates:
-            training = self.plan.training(
-                str(Path(self.plan.folder) / "training"),
-                save_strategy="no",
-                learning_rate=str(rate),
-                disable_tqdm="true",
-            )
+            given = {"save_strategy": "no", "learning_rate": str(rate), "disable_tqdm": "true"}
+            training = self.plan.training(str(Path(self.plan.folder) / "training"), **given)
             with quiet():
                 found = retrain(
                     self.evaluated,
