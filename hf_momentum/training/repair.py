@@ -426,11 +426,8 @@ def _chosen(
 
 def _verified(held: Held, old: Predictions, new: Predictions) -> Verified:
     split = held.split
-    role = "verification" if split.name == "test" else split.role
-    if split.name == "validation":
-        role = "validation"
-    source = split.source
-    return verified(split.name, role, source, old.by_row(held.examples), new.by_row(held.examples))
+    role = {"test": "verification", "validation": "validation"}.get(split.name, str(split.role))
+    return verified(split.name, role, split.source, old.by_row(held.examples), new.by_row(held.examples))
 
 
 def _save(evaluated: Evaluated, folder: Path) -> None:
