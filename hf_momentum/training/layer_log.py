@@ -53,9 +53,9 @@ class LayerGradientLog(TrainerCallback):
     Groups are those of `hf_momentum.diagnosis.groups.layer_groups`; adapters are counted in the group that they adapt,
     and a group of which nothing is trained is left out. Works with any Trainer in one process, under DDP and FSDP2.
 
-    Cost: three passes over the trained weights at logged steps and one at steps that are sketched; a copy of the
-    trained weights (of the shard that a process holds) during logged steps, unless `updates=False`; 8 KB for each
-    group and sketch.
+    Cost: a pass over the gradients at steps that are sketched, another at logged steps, and four over the trained
+    weights there. During a logged step a copy of the trained weights is held (of the shard that a process has), unless
+    `updates=False`; and 8 KB for each group and sketch of the window. See docs/layers.md.
 
     Args:
         split: "blocks", or "parts" of them.
