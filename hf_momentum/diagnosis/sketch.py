@@ -24,6 +24,9 @@ from hf_momentum.errors import InputError
 
 _CHUNKS_AT_ONCE = {"cpu": 1, "cuda": 64}  # one chunk stays in a core's cache; on a GPU 64 fill it, in 64 MB
 
+# Sets of pieces whose draws are kept. One would do, were it not for models whose experts have a gradient now and then.
+_PLANS = 32
+
 
 class SignSketch:
     """A random linear map S of tensors to `width` numbers that keeps inner products: the mean of <Sx, Sy> is <x, y>.
@@ -167,6 +170,8 @@ class SignSketch:
                 2 * (bits[:, 2:] >> np.uint64(63)).astype(np.float32) - 1,
                 np.array(rows, dtype=np.int64),
             )
+            while len(self._plans) >= _PLANS:
+                self._plans.pop(next(iter(self._plans)))
             self._plans[ranges, device] = _Plan(*(torch.from_numpy(array).to(device) for array in arrays))
         return self._plans[ranges, device]
 

@@ -748,7 +748,7 @@ def _depth_bar(figure: Figure, panels: Sequence[Axes], groups: Sequence[str]) ->
 
 def _quiet_bar(bar: Colorbar) -> None:
     bar.ax.tick_params(labelsize=_SMALL, color=_SOFT, labelcolor=_INK)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 # ---- what all of them share ------------------------------------------------------------------------------------------

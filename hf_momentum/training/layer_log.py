@@ -112,7 +112,7 @@ class LayerGradientLog(TrainerCallback):
         if args.logging_strategy != IntervalStrategy.STEPS:
             raise InputError(
                 f"the log of layers (log_layers) needs to know which steps are logged; logging_strategy is "
-                f"{args.logging_strategy.value!r}: set it to 'steps', and logging_steps to how many"
+                f"{IntervalStrategy(args.logging_strategy).value!r}: set it to 'steps', and logging_steps to how many"
             )
         self._watched = _Watched(unwrapped(model), base_optimizer(optimizer), self.split, self.patterns)
         self._pending, self._sketches, self._gradients, self._before, self._found = None, [], None, [], None
@@ -230,7 +230,7 @@ class _Watched:
             )
         shared = {row: process_group for process_group, rows in layout.reduce_over.items() for row in rows}
         places = {row: (group_of[names[id(param)]], shared.get(row)) for row, param in self.tensors.items()}
-        cells = sorted(set(places.values()), key=lambda cell: cell[0])
+        cells = sorted(dict.fromkeys(places.values()), key=lambda cell: cell[0])  # in one order on every process
         trained = list(dict.fromkeys(group for group, _ in cells))
         self.groups: list[LayerGroup] = [every[group] for group in trained]
         self.device = self._local(next(iter(self.tensors.values()))).device
@@ -239,7 +239,7 @@ class _Watched:
         self._group_of_cell = torch.tensor([trained.index(group) for group, _ in cells], device=self.device)
         rows_of = {one: tuple(k for k, (_, by) in enumerate(cells) if by is one) for one in layout.reduce_over}
         self._layout = Layout(layout.kind, (len(cells),), {one: rows for one, rows in rows_of.items() if rows})
-        self._indices: dict[tuple[int, ...], Tensor] = {}
+        self._cells = torch.tensor(list(self._cell.values()), device=self.device)
         self._sketch = SignSketch()
 
     @staticmethod
@@ -252,18 +252,10 @@ class _Watched:
 
     def squares(self, tensors: Mapping[int, Tensor]) -> Tensor:
         """Sums of squares, `[cells]`, in float64, of tensors like the trained ones, by row."""
-        known = {row: tensor for row, tensor in tensors.items() if row in self._cell}
-        found = torch.zeros(self._count, dtype=torch.float64, device=self.device)
-        if known:
-            sums = torch.cat([squared_norms([tensor]).to(self.device) for tensor in known.values()])
-            found.index_add_(0, self._index(tuple(known)), sums.double())
-        return found
-
-    def _index(self, rows: tuple[int, ...]) -> Tensor:
-        """The cells of tensors, on the device; copied there once."""
-        if rows not in self._indices:
-            self._indices[rows] = torch.tensor([self._cell[row] for row in rows], device=self.device)
-        return self._indices[rows]
+        found, nothing = torch.zeros((2, self._count), dtype=torch.float64, device=self.device)
+        # A row for every tensor, so that the cells, which lie on the device, are always the same.
+        sums = [squared_norms([tensors[row]])[0].to(found) if row in tensors else nothing[0] for row in self._cell]
+        return found.index_add_(0, self._cells, torch.stack(sums))
 
     def sketched(self, pieces: Sequence[GradientPiece]) -> Tensor:
         """Sketches of the gradient, `[cells, width]`; those of all processes add up to those of whole tensors.
