@@ -668,6 +668,7 @@ def layer_curves(
             axes.set_ylim(-0.03, 1.03)
         else:
             axes.set_yscale("log")
+            axes.tick_params(axis="y", which="minor", labelsize=_SMALL, color=_SOFT, labelcolor=_INK)
             rows = [[value if value > 0 else math.nan for value in row] for row in rows]
         for place, (group, row) in enumerate(zip(groups, rows, strict=True)):
             style = STYLES[place % len(STYLES)]
@@ -747,7 +748,7 @@ def _depth_bar(figure: Figure, panels: Sequence[Axes], groups: Sequence[str]) ->
 
 
 def _quiet_bar(bar: Colorbar) -> None:
-    bar.ax.tick_params(labelsize=_SMALL, color=_SOFT, labelcolor=_INK)
+    bar.ax.tick_params(which="both", labelsize=_SMALL, color=_SOFT, labelcolor=_INK)
     bar.outline.set_visible(False)
 
 
