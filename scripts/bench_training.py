@@ -5,6 +5,10 @@ rotates from round to round; the first steps of a block are not counted. A ratio
 
     python scripts/bench_training.py --rounds 5 --output docs/performance_training_cpu.json
     python scripts/bench_training.py --device cuda --dtype bfloat16 --width 768 --layers 12 --length 1024
+
+A name with `+layers` behind it also logs its layer groups, every ten steps: what that costs is
+
+    python scripts/bench_training.py --optimizers adamw_torch_fused+layers
 """
 
 import argparse
@@ -77,9 +81,10 @@ def trainer_for(
     name: str, model: GPT2LMHeadModel, data: RandomTokens, folder: str, args: argparse.Namespace
 ) -> tuple[MomentumTrainer, BlockClock]:
     """A Trainer that runs one block at each call of `train`, and the clock in it."""
+    optim, _, extra = name.partition("+")
     training = MomentumTrainingArguments(
         output_dir=folder,
-        optim=name,
+        optim=optim,
         learning_rate=1e-5,  # the same for all, and so small that nothing diverges
         max_steps=args.warmup + args.steps,
         per_device_train_batch_size=args.batch,
@@ -87,7 +92,9 @@ def trainer_for(
         lr_scheduler_type="constant",
         bf16=args.dtype == "bfloat16",
         use_cpu=args.device == "cpu",
-        logging_strategy="no",
+        logging_strategy="steps" if extra == "layers" else "no",
+        logging_steps=10,
+        log_layers=extra == "layers",
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

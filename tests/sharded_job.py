@@ -310,6 +310,9 @@ def run(case: dict[str, Any], processes: int, folder: Path) -> dict[str, Any]:
             for name in ("aux_loss", "aux_cosine", "removed_fraction", "noise_ratio", "rho")
         },
         "averages": averages(base),
+        "layers": [
+            {name: value for name, value in entry.items() if "/" in name} for entry in history if "loss" in entry
+        ],
         "grad_norms": [entry["grad_norm"] for entry in history if entry.get("grad_norm") is not None],
     }
 

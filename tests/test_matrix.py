@@ -86,6 +86,13 @@ FEW_BITS = [
     for name in ("tam", "adatamw", "vradam", "ahb_adamw")
     for dtype in ("int8", "bfloat16")
 ]
+# Nothing here divides by the number of processes, and every step is clipped, by the optimizer itself.
+LAYERS = [
+    case(
+        "tam-layers", "tam", size="odd", max_grad_norm=0.05, alone={"clips_first": True},
+        fields={"log_layers": True, "log_layers_split": "parts", "logging_steps": 5, "logging_first_step": True},
+    )
+]  # fmt: skip
 NAIVE = [{"label": "naive", "naive": True, "lr": 0.05}]
 # Gradients in bf16, state and sums in float32. ZeRO's weights are rounded to bf16 as well, which shows as 1e-3.
 HALF = [case(f"{name}-bf16", name, bf16=True) for name in ("tam", "vradam", "ahb_adamw")]
@@ -93,7 +100,10 @@ HALF_TOLERANCE = 5e-3
 # Measured, over all layouts: 8e-3 to 2.7e-2 in eight bits, 2e-3 to 3e-3 in bfloat16.
 STRAYS = {"int8": 4e-2, "bfloat16": 5e-3}
 ALWAYS = ["tam", "adatamw-tensor", "ahb_adamw-preconditioned", "vradam", "critical_sgd-measured", "tam-lora", "naive"]
-EVERY = {e["label"]: e for e in NAMES + OPTIONS + LORA + ACCUMULATION + ODD + CLIPPED + REST + HALF + FEW_BITS + NAIVE}
+EVERY = {
+    e["label"]: e
+    for e in NAMES + OPTIONS + LORA + ACCUMULATION + ODD + CLIPPED + REST + HALF + FEW_BITS + NAIVE + LAYERS
+}
 
 
 @dataclass(frozen=True)
@@ -115,9 +125,9 @@ ZERO2 = {"wrapper": "DeepSpeedZeroOptimizer"}
 ZERO3 = {"wrapper": "DeepSpeedZeroOptimizer_Stage3", "deepspeed": {"zero_optimization.sub_group_size": 3000}}
 ROUND_ROBIN = {"zero_optimization.round_robin_gradients": True}
 LAUNCHES = {
-    "DDP": Launch("ddp", 2, "MULTI_CPU", "whole tensors", FULL),
-    "FSDP2": Launch("fsdp2", 2, "FSDP", "FSDP2", FULL),
-    "HSDP": Launch("hsdp", 4, "FSDP", "HSDP", NAMES + CLIPPED + FEW_BITS + NAIVE),
+    "DDP": Launch("ddp", 2, "MULTI_CPU", "whole tensors", FULL + LAYERS),
+    "FSDP2": Launch("fsdp2", 2, "FSDP", "FSDP2", FULL + LAYERS),
+    "HSDP": Launch("hsdp", 4, "FSDP", "HSDP", NAMES + CLIPPED + FEW_BITS + NAIVE + LAYERS),
     "ZeRO-0": Launch("zero0", 2, "DEEPSPEED", "whole tensors", NAMES + CLIPPED),
     "ZeRO-1": Launch("zero1", 2, "DEEPSPEED", "ZeRO-1/2", NAMES + NAIVE, **ZERO2),
     "ZeRO-2": Launch("zero2", 2, "DEEPSPEED", "ZeRO-1/2", FULL, **ZERO2),
@@ -140,7 +150,7 @@ LAUNCHES = {
     "ZeRO-3, 3 processes": Launch("zero3", 3, "DEEPSPEED", "ZeRO-3", ODD, **ZERO3),
 }
 IN_SHORT = {
-    "FSDP2": [*ALWAYS, *[entry["label"] for entry in CLIPPED], "tam-int8", "vradam-bfloat16"],
+    "FSDP2": [*ALWAYS, *[entry["label"] for entry in CLIPPED], "tam-int8", "vradam-bfloat16", "tam-layers"],
     "ZeRO-2": ALWAYS,
     "ZeRO-3": [*ALWAYS, "adatamw-int8"],
 }
@@ -244,7 +254,8 @@ def test_the_single_process_trajectory(layout, label, launched, single, record_s
         sharded = what.kind != "whole tensors"
         assert difference > SENSITIVITY if sharded else difference <= TOLERANCE
         return
-    record_support(label, layout, difference)
+    if EVERY[label] not in LAYERS:  # which is no optimizer's support
+        record_support(label, layout, difference)
     assert difference <= (HALF_TOLERANCE if label.endswith("bf16") else TOLERANCE)
     if found["kind"] is None:
         return  # an optimizer of torch's, under a momentum schedule
@@ -281,6 +292,17 @@ def test_the_logged_norm_is_that_of_one_process(layout, label, launched, single)
     assert not alone["clips_inside"] and len(alone["grad_norms"]) == len(found["grad_norms"]) == STEPS
     assert min(alone["grad_norms"]) > 2 * EVERY[label]["max_grad_norm"]
     assert found["grad_norms"] == pytest.approx(alone["grad_norms"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "label"), [p for p in parameters(few_bits=False) if p.values[1] in [entry["label"] for entry in LAYERS]]
+)
+def test_the_log_of_layers_is_that_of_one_process(layout, label, launched, single):
+    """Norms, updates and noise of every group; the sketch of shards is the sketch of the whole."""
+    alone, found = single[1][label]["layers"], launched(layout)[1][label]["layers"]
+    assert len(alone) == 5 and len(alone[0]) == 2 * 12 and len(alone[4]) == 3 * 12
+    for expected, entry in zip(alone, found, strict=True):
+        assert entry == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize(("layout", "label"), list(parameters(few_bits=True)))

@@ -5,6 +5,7 @@ import math
 import warnings
 from itertools import pairwise
 
+import matplotlib.colors
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -283,6 +284,70 @@ def test_nothing_breaks_where_there_is_little_to_draw(draw):
     assert all(math.isfinite(end) for axes in figure.axes for end in (*axes.get_xlim(), *axes.get_ylim()))
 
 
+# ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+def layers(count, steps=12):
+    blocks = [f"block.{n // 2}.{('attention', 'mlp')[n % 2]}" for n in range(count - 2)]
+    values = [[10.0 ** ((row * 7 + step) % 5 - 3) for step in range(steps)] for row in range(count)]
+    return values, ["embeddings", *blocks, "a_pattern_of_ones_own.with_a_long_name_indeed"], list(range(10, 130, 10))
+
+
+def heat_map(count):
+    return pictures.layer_heat_map(*layers(count), "norm")
+
+
+def curves(count):
+    values, groups, steps = layers(count)
+    return pictures.layer_curves({"norm": values, "update": values}, groups, steps)
+
+
+@pytest.mark.parametrize("count", [6, 14, 80])
+@pytest.mark.parametrize("draw", [heat_map, curves])
+def test_names_of_layer_groups_do_not_lie_on_each_other(draw, count):
+    figure = draw(count)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.draw_without_rendering()
+    named = figure.axes[0] if draw is heat_map else figure.axes[-1]
+    labels = [
+        label.get_window_extent() for label in named.get_yticklabels() if label.get_text().startswith(("e", "b", "a"))
+    ]
+    if draw is curves and count <= 6:
+        labels = [text.get_window_extent() for text in figure.legends[0].get_texts()]
+    labels = sorted(labels, key=lambda box: box.y0)
+    assert len(labels) == (count if draw is heat_map else min(count, 12)), "a bar of shades names some"
+    assert all(below.y1 <= above.y0 for below, above in pairwise(labels))
+    whole = figure.bbox
+    assert all(whole.x0 <= box.x0 and box.x1 <= whole.x1 for box in labels), "none is cut off"
+
+
+def test_a_heat_map_has_equal_differences_for_equal_factors_and_no_shade_for_what_was_not_measured():
+    values = [[1e-3, 1e-1, 10.0, None], [0.0, math.nan, math.inf, 1e-3]]
+    mesh = pictures.layer_heat_map(values, ["a", "b"], [1, 2, 3, 4], "norm").axes[0].collections[0]
+    shades = mesh.norm(mesh.get_array().reshape(2, 4))
+    assert list(shades[0][:3]) == pytest.approx([0.0, 0.5, 1.0])
+    assert list(shades.mask[0]) == [False, False, False, True] and list(shades.mask[1]) == [False, True, True, False]
+    assert shades[1][0] == 0.0, "0 has no logarithm; it is shown as the smallest"
+    straight = pictures.layer_heat_map([[0.2, 0.7]], ["a"], [1, 2], "share", logarithmic=False).axes[0].collections[0]
+    assert list(straight.norm(straight.get_array().flatten())) == pytest.approx([0.2, 0.7]), "from 0 to 1"
+
+
+def test_curves_of_many_groups_go_from_dark_to_light_and_few_have_their_styles():
+    lines = curves(14).axes[0].get_lines()
+    grey = [lightness(matplotlib.colors.to_hex(line.get_color())) for line in lines]
+    assert grey == sorted(grey) and len(set(grey)) == 14 and grey[-1] < 80, "seen on white"
+    assert [line.get_marker() for line in curves(6).axes[0].get_lines()] == [style.marker for style in STYLES[:6]]
+
+
+def test_layers_may_lack_every_value_of_a_quantity_and_have_one_step():
+    nothing = [[None], [None]]
+    figure = pictures.layer_curves({"norm": [[1.0], [0.0]], "noise": nothing}, ["a", "b"], [5], linear=["noise"])
+    figure.draw_without_rendering()
+    assert figure.axes[0].get_lines()[0].get_marker() == "o", "a single value has no line"
+    pictures.layer_heat_map(nothing, ["a", "b"], [5], "norm").draw_without_rendering()
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +367,9 @@ def test_nothing_breaks_where_there_is_little_to_draw(draw):
         (lambda: pictures.score_against_gain({"a": []}), "at least one point"),
         (lambda: pictures.forgetting_matrix([], [], []), "must be 0 rows of 0"),
         (lambda: pictures.forgetting_matrix([[1.0]], ["r"], ["a", "b"]), r"must be 1 rows of 2, got 1 rows of \[1\]"),
+        (lambda: pictures.layer_heat_map([[1.0]], ["a"], [1, 2], "norm"), r"must be 1 rows of 2, got 1 rows of \[1\]"),
+        (lambda: pictures.layer_heat_map([], [], [], "norm"), "must be 0 rows of 0"),
+        (lambda: pictures.layer_curves({}, ["a"], [1]), "at least one quantity"),
     ],
 )
 def test_what_cannot_be_shown_is_refused(draw, message):

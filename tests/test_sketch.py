@@ -98,17 +98,30 @@ def test_signs_stand_where_the_formula_says():
         found = sketch.of(one, 9)
         assert found.abs().sum() == 1 and found.abs().max() == 1  # one place, one sign
         chunk, rest = divmod(place, WIDTH * ROWS)
-        factors, shifts, signs = sketch._drawn(9, 0, 4, x.device)
+        plan = sketch._plan(((9, 0, 4, 0),), x.device)
         k = int(found.abs().argmax())
         row, column = divmod(rest, WIDTH)
-        assert (factors[chunk, 0] * k + shifts[chunk, 0]) % WIDTH == column
-        assert found[k] == signs[chunk, row] * sketch._matrix(x.device)[row, column]
+        assert (plan.factors[chunk, 0] * k + plan.shifts[chunk, 0]) % WIDTH == column
+        assert found[k] == plan.signs[chunk, row] * sketch._matrix(x.device)[row, column]
 
 
 def test_a_tensor_that_is_not_contiguous_is_read_in_the_order_of_its_elements():
     sketch, x = SignSketch(WIDTH, ROWS), normal(50, 70)
     assert torch.equal(sketch.of(x.t(), 0), sketch.of(x.t().contiguous(), 0))
     assert not torch.equal(sketch.of(x.t(), 0), sketch.of(x, 0))
+
+
+def test_a_table_has_in_each_row_the_sum_of_its_sketches():
+    sketch, tensors = SignSketch(WIDTH, ROWS), [normal(n, seed=n) for n in (3, 488, 2000, 0, 70)]
+    keys, offsets, rows = [4, 5, 5, 6, 7], [0, 0, 500, 0, 0], [2, 0, 2, 0, 0]
+    found = sketch.table(tensors, keys, offsets, rows, count=4)
+    alone = [sketch.of(*one) for one in zip(tensors, keys, offsets, strict=True)]
+    expected = [alone[1] + alone[3] + alone[4], 0 * alone[0], alone[0] + alone[2], 0 * alone[0]]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-12, atol=1e-12)
+    pairs = [(4, tensors[0]), (5, tensors[1])]
+    torch.testing.assert_close(sketch.of_all(pairs), alone[0] + alone[1], rtol=1e-12, atol=1e-12)
+    with pytest.raises(InputError, match="at least one"):
+        sketch.of_all([])
 
 
 def test_an_empty_tensor_is_zero():
@@ -136,3 +149,12 @@ def test_a_sketch_depends_on_its_seed_alone():
 def test_what_cannot_be_is_refused(arguments):
     with pytest.raises(InputError, match=next(iter(arguments))):
         SignSketch(**arguments)
+
+
+def test_what_is_drawn_is_kept_for_few_sets_of_tensors():
+    """A model whose experts have a gradient now and then has a new set of them at nearly every step."""
+    sketch, x = SignSketch(WIDTH, ROWS), normal(100)
+    first = sketch.of(x, 0)
+    for key in range(1, 100):
+        sketch.of(x, key)
+    assert len(sketch._plans) <= 32 and torch.equal(sketch.of(x, 0), first)

@@ -12,7 +12,8 @@ and for a chunk of 261 376 numbers only 258 are kept.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ from torch import Tensor
 from hf_momentum.errors import InputError
 
 _CHUNKS_AT_ONCE = {"cpu": 1, "cuda": 64}  # one chunk stays in a core's cache; on a GPU 64 fill it, in 64 MB
+
+# Sets of pieces whose draws are kept. One would do, were it not for models whose experts have a gradient now and then.
+_PLANS = 32
 
 
 class SignSketch:
@@ -56,7 +60,7 @@ class SignSketch:
             raise InputError(f"rows must be at least 1, got {rows}")
         self.width, self.rows, self.seed = width, rows, seed
         self._matrices: dict[torch.device, Tensor] = {}
-        self._draws: dict[tuple[int, int, int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+        self._plans: dict[tuple[tuple[tuple[int, int, int, int], ...], torch.device], _Plan] = {}
 
     def of(self, piece: Tensor, key: int, offset: int = 0) -> Tensor:
         """The sketch of a tensor, or of a piece of it that is contiguous in the flattened tensor.
@@ -78,15 +82,7 @@ class SignSketch:
             >>> bool(torch.allclose(pieces, sketch.of(tensor, key=7)))
             True
         """
-        flat = piece.detach().reshape(-1)
-        if flat.numel() == 0:
-            return torch.zeros(self.width, dtype=torch.float64, device=flat.device)
-        size = self.rows * self.width
-        first, behind = offset // size, -((offset + flat.numel()) // -size)
-        factors, shifts, signs = self._drawn(key, first, behind, flat.device)
-        sums = _folded(flat, self._matrix(flat.device), signs, offset % size)
-        places = (factors * torch.arange(self.width, device=flat.device) + shifts) % self.width
-        return sums.gather(1, places).sum(0, dtype=torch.float64)
+        return self.table([piece], [key], [offset], [0], 1)[0]
 
     def of_all(self, pieces: Iterable[tuple[int, Tensor]]) -> Tensor:
         """The sketch of several whole tensors, each with its key, laid end to end.
@@ -98,10 +94,59 @@ class SignSketch:
             >>> SignSketch(width=11).of_all([(0, torch.ones(2, 3)), (1, torch.ones(3))]).shape
             torch.Size([11])
         """
-        sketches = [self.of(piece, key) for key, piece in pieces]
-        if not sketches:
-            raise InputError("of_all needs at least one tensor to sketch")
-        return torch.stack(sketches).sum(0)
+        pairs = list(pieces)
+        keys, tensors = [key for key, _ in pairs], [tensor for _, tensor in pairs]
+        return self.table(tensors, keys, [0] * len(pairs), [0] * len(pairs), 1)[0]
+
+    def table(
+        self,
+        pieces: Sequence[Tensor],
+        keys: Sequence[int],
+        offsets: Sequence[int],
+        rows: Sequence[int],
+        count: int,
+    ) -> Tensor:
+        """Sketches of sets of pieces at once, such as the gradients of each layer group.
+
+        Args:
+            pieces: as for `of`, all on one device.
+            keys, offsets: of each piece, as for `of`.
+            rows: the row of the table to which the piece's sketch is added.
+            count: how many rows there are.
+
+        Returns:
+            `[count, width]`, float64; zeros in a row to which nothing was added.
+
+        Raises:
+            InputError: there is no piece.
+
+        Example:
+            >>> sketch, (x, y) = SignSketch(width=11), torch.randn(2, 50)
+            >>> found = sketch.table([x, y], keys=[0, 1], offsets=[0, 0], rows=[1, 1], count=3)
+            >>> bool(torch.allclose(found[1], sketch.of(x, 0) + sketch.of(y, 1))), found[0].count_nonzero().item()
+            (True, 0)
+        """
+        if not pieces:
+            raise InputError("there is no tensor to sketch; give at least one")
+        size, device = self.rows * self.width, pieces[0].device
+        flats = [piece.detach().reshape(-1) for piece in pieces]
+        ranges = [
+            (key, offset // size, -((offset + flat.numel()) // -size) if flat.numel() else offset // size, row)
+            for flat, key, offset, row in zip(flats, keys, offsets, rows, strict=True)
+        ]
+        plan = self._plan(tuple(ranges), device)
+        matrix = self._matrix(device)
+        cut = torch.split(plan.signs, [behind - first for _, first, behind, _ in ranges])
+        sums = [
+            part
+            for flat, offset, signs in zip(flats, offsets, cut, strict=True)
+            for part in _folded(flat, matrix, signs, offset % size)
+        ]
+        found = torch.zeros((count, self.width), dtype=torch.float64, device=device)
+        if sums:
+            places = (plan.factors * torch.arange(self.width, device=device) + plan.shifts) % self.width
+            found.index_add_(0, plan.rows, torch.cat(sums).gather(1, places).double())
+        return found
 
     def _matrix(self, device: torch.device) -> Tensor:
         if device not in self._matrices:
@@ -109,21 +154,40 @@ class SignSketch:
             self._matrices[device] = (2.0 * bits - 1.0).to(device)
         return self._matrices[device]
 
-    def _drawn(self, key: int, first: int, behind: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Factor and shift, `[chunks, 1]` each, and the signs of the rows, `[chunks, rows]`, of some chunks."""
-        place = (key, first, behind, device)
-        if place not in self._draws:
-            bits = _random_bits(self.seed, key, np.arange(first, behind), 2 + self.rows)
-            factors = (1 + bits[:, :1] % np.uint64(self.width - 1)).astype(np.int64)
-            shifts = (bits[:, 1:2] % np.uint64(self.width)).astype(np.int64)
-            signs = 2 * (bits[:, 2:] >> np.uint64(63)).astype(np.float32) - 1
-            on_device = [torch.from_numpy(array).to(device) for array in (factors, shifts, signs)]
-            self._draws[place] = (on_device[0], on_device[1], on_device[2])
-        return self._draws[place]
+    def _plan(self, ranges: tuple[tuple[int, int, int, int], ...], device: torch.device) -> "_Plan":
+        """What is drawn for the chunks `first` to `behind` of each key, and the rows to which they are added."""
+        if (ranges, device) not in self._plans:
+            bits = np.concatenate(
+                [
+                    _random_bits(self.seed, key, np.arange(first, behind), 2 + self.rows)
+                    for key, first, behind, _ in ranges
+                ]
+            )
+            rows = [row for _, first, behind, row in ranges for _ in range(first, behind)]
+            arrays = (
+                (1 + bits[:, :1] % np.uint64(self.width - 1)).astype(np.int64),
+                (bits[:, 1:2] % np.uint64(self.width)).astype(np.int64),
+                2 * (bits[:, 2:] >> np.uint64(63)).astype(np.float32) - 1,
+                np.array(rows, dtype=np.int64),
+            )
+            while len(self._plans) >= _PLANS:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[ranges, device] = _Plan(*(torch.from_numpy(array).to(device) for array in arrays))
+        return self._plans[ranges, device]
 
 
-def _folded(flat: Tensor, matrix: Tensor, signs: Tensor, start: int) -> Tensor:
-    """The sums of signed rows of each chunk, `[chunks, width]`; `flat` begins at `start` of the first one."""
+@dataclass(frozen=True)
+class _Plan:
+    """What is random of some chunks, and where they go: `[chunks, 1]`, `[chunks, 1]`, `[chunks, rows]`, `[chunks]`."""
+
+    factors: Tensor
+    shifts: Tensor
+    signs: Tensor
+    rows: Tensor
+
+
+def _folded(flat: Tensor, matrix: Tensor, signs: Tensor, start: int) -> list[Tensor]:
+    """The sums of signed rows of each chunk, together `[chunks, width]`; `flat` begins at `start` of the first one."""
     size = matrix.numel()
     head = min(-start % size, flat.numel())
     whole = (flat.numel() - head) // size * size
@@ -131,7 +195,7 @@ def _folded(flat: Tensor, matrix: Tensor, signs: Tensor, start: int) -> Tensor:
     parts = [_folded_part(first, matrix, signs[0], start)] if len(first) else []
     parts += [_folded_whole(middle, matrix, signs[len(parts) : len(parts) + whole // size])] if whole else []
     parts += [_folded_part(last, matrix, signs[-1], 0)] if len(last) else []
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts
 
 
 def _folded_whole(flat: Tensor, matrix: Tensor, signs: Tensor) -> Tensor:
@@ -153,10 +217,9 @@ def _folded_part(flat: Tensor, matrix: Tensor, signs: Tensor, start: int) -> Ten
     """The sums of a part of a chunk, over the rows that it touches."""
     width = matrix.shape[1]
     first, behind = start // width, -((start + flat.numel()) // -width)
-    here = matrix[first:behind] * signs[first:behind, None]
-    padded = torch.zeros(here.numel(), dtype=torch.promote_types(flat.dtype, here.dtype), device=flat.device)
-    padded[start - first * width :][: flat.numel()] = flat
-    return (padded.view_as(here) * here).sum(0, keepdim=True)
+    padded = torch.nn.functional.pad(flat, (start - first * width, behind * width - start - flat.numel()))
+    signed = padded.view(-1, width) * matrix[first:behind]
+    return signs[None, first:behind].to(signed.dtype) @ signed
 
 
 def _random_bits(seed: int, key: int, chunks: "np.ndarray[Any, Any]", columns: int) -> "np.ndarray[Any, Any]":

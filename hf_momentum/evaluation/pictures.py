@@ -28,6 +28,8 @@ from hf_momentum.evaluation.writing import significant
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 _SMALL, _NORMAL = 8.5, 9.5  # sizes of text, in points
@@ -381,10 +383,10 @@ def _matrix(
     low_row: float = 26.0,
 ) -> Figure:
     """Cells with their figures in them, darker for a larger share in [0, 1]; None or NaN is an empty cell."""
-    from matplotlib.colors import LinearSegmentedColormap, to_hex
+    from matplotlib.colors import to_hex
     from matplotlib.patches import Rectangle
 
-    shades = LinearSegmentedColormap.from_list("blues", ["#eef5fb", "#62aedb", "#0b5c94", "#06263f"])
+    shades = _shades()
     cell = max(46.0, min(86.0, 470 / len(columns)))
     beside = [wrapped(name, 170, _SMALL) for name in rows]
     above, upright = [wrapped(name, cell - 8, _SMALL) for name in columns], False
@@ -784,6 +786,189 @@ def score_against_gain(
     _labels(axes, x, y)
     _legend(figure, [*handles, *marks], [*points, "filled: chosen", "hollow: not chosen"])
     return figure
+
+
+# ---- layers of a model -----------------------------------------------------------------------------------------------
+
+
+def layer_heat_map(
+    values: Sequence[Sequence[float | None]],
+    groups: Sequence[str],
+    steps: Sequence[int],
+    axis: str,
+    logarithmic: bool = True,
+) -> Figure:
+    """A quantity of every layer group over training: a row for each group, a column for each logged step.
+
+    Args:
+        values: `[groups][steps]`; a place where nothing finite was measured is hatched. A darker cell is larger.
+        groups: names, from the input of the model to its output.
+        steps: in the order of the columns, which are equally wide however far the steps are apart.
+        axis: what the values are.
+        logarithmic: whether equal factors are equal differences of shade; 0 then has that of the smallest other value.
+
+    Raises:
+        ValueError: `values` is empty, or does not have a row for each group and a column for each step.
+
+    Example:
+        >>> figure = layer_heat_map([[1.0, 2.0], [0.1, None]], ["embeddings", "head"], [10, 20], "norm of the gradient")
+        >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        ['embeddings', 'head']
+    """
+    from matplotlib.colors import LogNorm, Normalize
+
+    rows = _layer_rows(values, groups, steps)
+    known = [value for row in rows for value in row if math.isfinite(value) and (value > 0 or not logarithmic)]
+    low, high = min(known, default=1.0), max(known, default=1.0)
+    if logarithmic:
+        rows = [[max(value, low) for value in row] for row in rows]
+        norm: Any = LogNorm(low, high if high > low else 1.01 * low)
+    else:
+        norm = Normalize(min(low, 0.0), max(high, 1.0))
+    beside = [wrapped(name, 260, _SMALL) for name in groups]
+    tall = max(_LINE * max(map(_lines, beside)) + 1, 130 / len(groups))
+    figure = _figure((tall * len(groups) + 75) / _INCH)
+    axes = figure.subplots()
+    axes.patch.set(facecolor="white", edgecolor=_FAINT, hatch="////")
+    ends = ([column - 0.5 for column in range(len(steps) + 1)], [row - 0.5 for row in range(len(groups) + 1)])
+    mesh = axes.pcolormesh(*ends, rows, cmap=_shades(), norm=norm, rasterized=True)
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.set_yticks(range(len(groups)), [_literal(name) for name in beside])
+    places = _few(len(steps), 8)
+    axes.set_xticks(places, [str(steps[place]) for place in places])
+    axes.tick_params(length=0, labelsize=_SMALL, labelcolor=_INK)
+    axes.spines[:].set_visible(False)
+    _labels(axes, "step", "")
+    height = tall * len(groups)
+    shrink = min(1.0, 300 / height)  # beside the first rows of a long picture
+    bar = figure.colorbar(mesh, ax=axes, shrink=shrink, anchor=(0.0, 1.0), pad=0.02, aspect=shrink * height / 9)
+    bar.set_label(_literal(axis), fontsize=_NORMAL, color=_INK)
+    _quiet_bar(bar)
+    return figure
+
+
+def layer_curves(
+    values: Mapping[str, Sequence[Sequence[float | None]]],
+    groups: Sequence[str],
+    steps: Sequence[int],
+    linear: Collection[str] = (),
+) -> Figure:
+    """Quantities of every layer group over training, a panel for each quantity.
+
+    Up to six groups have the looks of `styles`. More have a shade by their place in the model, from dark at the input
+    to light at the output; which curve is which of two neighbours is for `layer_heat_map` to say.
+
+    Args:
+        values: by what they are, which is the label of the panel's axis: `[groups][steps]`; a curve has a gap where
+            nothing finite was measured.
+        groups: names, from the input of the model to its output.
+        steps: at which they were measured.
+        linear: the quantities whose axis is not logarithmic but from 0 to 1.
+
+    Raises:
+        ValueError: there is no quantity, or one does not have a row for each group and a column for each step.
+
+    Example:
+        >>> norms = [[1.0, 2.0], [0.1, 0.2]]
+        >>> figure = layer_curves({"norm of the gradient": norms}, ["embeddings", "head"], [10, 20])
+        >>> figure.axes[0].get_ylabel()
+        'norm of the gradient'
+    """
+    if not values:
+        raise ValueError("a picture of layers needs at least one quantity")
+    from matplotlib.ticker import MaxNLocator
+
+    tables = {name: _layer_rows(rows, groups, steps) for name, rows in values.items()}
+    few = len(groups) <= 6
+    figure = _figure(0.6 + 2.3 * len(tables), legend=list(groups) if few else ())
+    panels = [_bare(axes, grid="y") for axes in figure.subplots(len(tables), squeeze=False, sharex=True).flat]
+    for (name, rows), axes in zip(tables.items(), panels, strict=True):
+        if name in linear:
+            axes.set_ylim(-0.03, 1.03)
+        else:
+            axes.set_yscale("log")
+            axes.tick_params(axis="y", which="minor", labelsize=_SMALL, color=_SOFT, labelcolor=_INK)
+            rows = [[value if value > 0 else math.nan for value in row] for row in rows]
+        for place, (group, row) in enumerate(zip(groups, rows, strict=True)):
+            style = STYLES[place % len(STYLES)]
+            look: dict[str, Any] = {
+                "color": style.colour,
+                "ls": style.line,
+                "marker": style.marker,
+                "ms": 4.5,
+                "lw": 1.5,
+            }
+            look |= {"mec": "white", "mew": 0.5, "markevery": max(1, len(steps) // 12)}
+            if not few:
+                look = {"color": _depths()(place / (len(groups) - 1)), "lw": 1.1}
+            alone = all(math.isnan(value) for value in row[::2]) or all(math.isnan(value) for value in row[1::2])
+            axes.plot(steps, row, label=_label(group), **(look | ({"marker": "o", "ms": 4} if alone else {})))
+        if not any(math.isfinite(value) for row in rows for value in row):
+            axes.set_yticks([])
+        axes.set_ylabel(_literal(wrapped(name, 150, _NORMAL)), fontsize=_NORMAL, color=_INK)
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    _labels(panels[-1], "step", panels[-1].get_ylabel())
+    if few:
+        _legend(figure, *panels[0].get_legend_handles_labels())
+    else:
+        _depth_bar(figure, panels, groups)
+    return figure
+
+
+def _layer_rows(
+    values: Sequence[Sequence[float | None]], groups: Sequence[str], steps: Sequence[int]
+) -> list[list[float]]:
+    """The same with NaN for what is not finite, checked for its shape."""
+    if not groups or not steps or [len(row) for row in values] != [len(steps)] * len(groups):
+        shape = f"{len(values)} rows of {sorted({len(row) for row in values})}"
+        raise ValueError(f"values of layers must be {len(groups)} rows of {len(steps)}, got {shape}")
+    return [[value if value is not None and math.isfinite(value) else math.nan for value in row] for row in values]
+
+
+def _few(count: int, most: int) -> list[int]:
+    """Places in a list, about equally far apart and `most` at most, the first and the last among them.
+
+    Example:
+        >>> _few(5, 8), _few(20, 5), _few(1, 5)
+        ([0, 1, 2, 3, 4], [0, 5, 10, 14, 19], [0])
+    """
+    shown = min(count, most)
+    return [round(place * (count - 1) / max(shown - 1, 1)) for place in range(shown)]
+
+
+def _shades() -> Colormap:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("blues", ["#eef5fb", "#62aedb", "#0b5c94", "#06263f"])
+
+
+def _depths() -> Colormap:
+    """From dark to light, and from blue to orange; every shade can be seen on white."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("depths", ["#1b1147", "#6b1d81", "#c83e73", "#f7a35c"])
+
+
+def _depth_bar(figure: Figure, panels: Sequence[Axes], groups: Sequence[str]) -> None:
+    """Which shade is which group: a bar with the names of some."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(0, len(groups) - 1), _depths()), ax=list(panels), fraction=0.03, pad=0.02, aspect=40
+    )
+    bar.ax.invert_yaxis()  # the input above, as in the heat map
+    shown = [wrapped(group, _NAME_ROOM, _SMALL) for group in groups]
+    # What a name needs of the bar, which is nearly as high as the figure.
+    room = (_INCH * figure.get_figheight() - 50) / (_LINE * max(map(_lines, shown)) + 2)
+    places = _few(len(groups), max(2, min(16, int(room))))
+    bar.set_ticks(places, labels=[_literal(shown[place]) for place in places])
+    _quiet_bar(bar)
+
+
+def _quiet_bar(bar: Colorbar) -> None:
+    bar.ax.tick_params(which="both", labelsize=_SMALL, color=_SOFT, labelcolor=_INK)
+    bar.outline.set_visible(False)
 
 
 # ---- what all of them share ------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from hf_momentum.training.arguments import (
 )
 from hf_momentum.training.bloop import BloopMixin, BloopTrainer
 from hf_momentum.training.callbacks import DynamicsCallback, FiniteCheckpointCallback, MomentumScheduleCallback
+from hf_momentum.training.layer_log import LayerGradientLog
 from hf_momentum.training.recipe import Recipe, load_recipe
 from hf_momentum.training.trainer import MomentumTrainer
 
@@ -19,6 +20,7 @@ __all__ = [
     "DataArguments",
     "DynamicsCallback",
     "FiniteCheckpointCallback",
+    "LayerGradientLog",
     "ModelArguments",
     "MomentumScheduleCallback",
     "MomentumTrainer",

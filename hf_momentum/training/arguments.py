@@ -211,6 +211,16 @@ class MomentumTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Log the norm of the weights' update; holds a copy of the trained weights at logged steps."},
     )
+    log_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "Log gradient norm, relative update and gradient noise of every layer group, with pictures at the "
+            "end; holds a copy of the trained weights at logged steps."
+        },
+    )
+    log_layers_split: Literal["blocks", "parts"] = field(
+        default="blocks", metadata={"help": "What is a layer group: a block, or attention, MLP and norms of each."}
+    )
     momentum_schedule: str | None = field(
         default=None,
         metadata={

@@ -37,6 +37,7 @@ from hf_momentum.training.checkpoints import (
     rotate,
     write_manifest,
 )
+from hf_momentum.training.layer_log import LayerGradientLog
 from hf_momentum.training.processes import check_launch
 from hf_momentum.training.whole import load_whole
 
@@ -84,6 +85,8 @@ class MomentumTrainer(Trainer):
             return
         if ours.log_dynamics:
             DynamicsCallback(ours.log_dynamics_per_layer, ours.log_update_norm).attach(self)
+        if ours.log_layers:
+            LayerGradientLog(ours.log_layers_split).attach(self)
         if ours.momentum_schedule is not None:
             self.add_callback(MomentumScheduleCallback(ours.momentum_schedule, ours.momentum_schedule_args))
 
