@@ -305,7 +305,8 @@ def _resampled(found: Gradients, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _spread(logs: np.ndarray) -> np.ndarray:
-    return logs.std(axis=0)
+    spread: np.ndarray = logs.std(axis=0)
+    return spread
 
 
 def _estimates(values: np.ndarray, spread: np.ndarray) -> list[Estimate]:
@@ -319,7 +320,8 @@ def _first(values: np.ndarray, logs: np.ndarray) -> list[float]:
     """How often each group is the largest: the scores, each moved as its resamples are from their mean."""
     with np.errstate(divide="ignore"):
         moved = np.log(values) + logs - logs.mean(axis=0)
-    return (np.bincount(moved.argmax(axis=1), minlength=len(values)) / len(logs)).tolist()
+    times = np.bincount(moved.argmax(axis=1), minlength=len(values))
+    return [float(count) / len(logs) for count in times]
 
 
 def _noise(found: Gradients) -> list[float] | None:

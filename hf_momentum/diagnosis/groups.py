@@ -90,17 +90,21 @@ def layer_groups(
     for name, parameter in model.named_parameters():
         if ".original_module." in name:  # PEFT keeps it beside the copy that is in use
             continue
-        own = next((own for own, pattern in patterns.items() if fnmatchcase(plain_name(name), pattern)), None)
+        adapts = _ADAPTER.search(name) is not None
+        plain = plain_name(name) + (".weight" if adapts else "")  # adapters go where the weight that they adapt goes
+        own = next((own for own, pattern in patterns.items() if fnmatchcase(plain, pattern)), None)
+        place: str
+        kind: Kind
         place, kind = (own, "pattern") if own is not None else tree.place(name, split)
         group = found.setdefault(place, _Found(kind))
         if (group.kind == "pattern") != (own is not None):
             raise InputError(f"a pattern is named {place!r}, as a group is; name it otherwise")
         matched |= {own}
-        if _ADAPTER.search(name):
+        if adapts:
             group.adapters.append(name)
         else:
             group.weights.append(name)
-            group.numel += parameter.numel() or getattr(parameter, "ds_numel", 0)  # ZeRO-3 leaves empty tensors
+            group.numel += parameter.numel()
     for own, pattern in patterns.items():
         if own not in matched:
             raise InputError(
