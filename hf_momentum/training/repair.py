@@ -132,7 +132,8 @@ class Plan:
                 raise InputError(f"--{name} is not for a repair; {_NOT_TO_GIVE[name]}")
         defaults = {**_COMMON, **_DEFAULTS.get(self.settings.data.task, _DEFAULTS[""]), "seed": str(self.settings.seed)}
         typed = [f"--{name}={value}" for name, value in defaults.items()]
-        last = [f"--{name}={value}" for name, value in {"output_dir": output_dir, **given}.items()]
+        here = {"use_cpu": "true"} if self.settings.device == "cpu" else {}
+        last = [f"--{name}={value}" for name, value in {"output_dir": output_dir, **here, **given}.items()]
         arguments = training_arguments([*typed, *self.overrides, *last])
         arguments.remove_unused_columns = False
         arguments.label_names = ["targets"]
@@ -225,6 +226,11 @@ def check(plan: Plan) -> None:
     if not plan.shares or any(not 0 < share <= 1 for share in plan.shares):
         raise InputError(
             f"shares must be numbers above 0 and up to 1, got {', '.join(map(str, plan.shares)) or 'none'}"
+        )
+    if plan.settings.device not in (None, "cpu"):
+        raise InputError(
+            f"device {plan.settings.device!r} is not for a repair, which trains where a Trainer does: on cpu, or on the "
+            "first accelerator it sees; choose that with CUDA_VISIBLE_DEVICES"
         )
     if not 0 < plan.alpha < 1:
         raise InputError(f"alpha must be between 0 and 1, got {plan.alpha}")
@@ -434,7 +440,6 @@ def _save(evaluated: Evaluated, folder: Path) -> None:
     """The repaired model, complete or not at all."""
     partial, place = folder / "model.partial", folder / "model"
     shutil.rmtree(partial, ignore_errors=True)
-    evaluated.model.requires_grad_(True)
     evaluated.model.save_pretrained(partial)
     evaluated.processor.save_pretrained(partial)
     shutil.rmtree(place, ignore_errors=True)

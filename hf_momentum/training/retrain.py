@@ -277,6 +277,7 @@ class RepairTrainer(MomentumTrainer):
     ) -> None:
         self.trained, self.lessons, self.distill, self.rates = trained, lessons, distill, rates
         super().__init__(trained.model, train_dataset=lessons, data_collator=lessons.batch, **kwargs)
+        self.model_accepts_loss_kwargs = False  # the loss is this class's, and a mean over each micro-batch
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """transformers' own, over what trains; with `rates`, groups of tensors with learning rates of their own."""
