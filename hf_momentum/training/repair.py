@@ -229,7 +229,7 @@ def check(plan: Plan) -> None:
         )
     if plan.settings.device not in (None, "cpu"):
         raise InputError(
-            f"device {plan.settings.device!r} is not for a repair, which trains where a Trainer does: on cpu, or on the "
+            f"device {plan.settings.device!r} is not for a repair, which trains where a Trainer does: on cpu, or the "
             "first accelerator it sees; choose that with CUDA_VISIBLE_DEVICES"
         )
     if not 0 < plan.alpha < 1:
