@@ -6,6 +6,7 @@ can be mixed, the old model can be asked without a copy of it, and everything ca
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,7 +170,8 @@ def with_lora(evaluated: Evaluated, groups: Sequence[LayerGroup], rank: int, see
     targets = sorted(name for name in inside if isinstance(evaluated.model.get_submodule(name), nn.Linear))
     if not targets:
         raise InputError(f"groups {', '.join(group.name for group in groups)} have no linear layer for LoRA to adapt")
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+    whole = "|".join(map(re.escape, targets))  # PEFT takes a name in a list for the end of others, too
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=whole)
     with torch.random.fork_rng():  # an interrupted repair begins again with the same ones
         torch.manual_seed(seed)
         return Evaluated(evaluated.place, get_peft_model(evaluated.model, config), evaluated.processor)
