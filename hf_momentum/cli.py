@@ -525,7 +525,7 @@ def _repair(words: list[str]) -> int:
     others.add_argument("--seeds", metavar="N", type=int, default=5, help="from the seed on (%(default)s)")
     others.add_argument("--learning_rates", metavar="LIST", default="", help="over which validation tunes each way")
     parser.add_argument("--batch_size", metavar="N", type=int, default=16, help="when measuring (%(default)s)")
-    parser.add_argument("--device", metavar="NAME", help="such as cuda:1; the accelerator unless given")
+    parser.add_argument("--device", metavar="NAME", help="such as cpu; the accelerator unless given")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub model")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--output_dir", metavar="OUT", default="outputs/repair", help="(%(default)s)")

@@ -225,8 +225,6 @@ class RepairReport:
                 Heading("Before and after"),
                 self._picture(),
                 *self._table(),
-                Text(TERMS),
-                Text(self._p_values()),
             ]
         if self.mixtures:
             blocks += [Heading("How far to go"), *self._path()]

@@ -191,10 +191,10 @@ def _load(place: str, folder: str, task: str, device: torch.device, dtype: str, 
         if adapter is not None and task == "sequence_classification":
             options |= _classes_of_adapter(place, folder)
         model, loaded = _CLASSES[task].from_pretrained(source, output_loading_info=True, **options)
+        if adapter is None or (task == "sequence_classification" and "num_labels" not in options):
+            _check_head(place, task, loaded)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, folder, revision=revision)
-        else:
-            _check_head(place, task, loaded)
         processor = _processor(task, folder, source, revision)
     except (OSError, ValueError, *NETWORK_ERRORS) as error:
         if isinstance(error, InputError):
@@ -220,7 +220,10 @@ def _adapter(folder: str, revision: str | None) -> PeftConfig | None:
 
 
 def _classes_of_adapter(place: str, folder: str) -> dict[str, Any]:
-    """How many outputs the classifier has whose head was saved with the adapters; they do not name its classes."""
+    """How many outputs the classifier has whose head was saved with the adapters; they do not name its classes.
+
+    Nothing, where the head is that of the base model.
+    """
     if not Path(folder).is_dir():
         raise InputError(f"model {place!r} is an adapter on the Hub; a classifier's has to be downloaded to a folder")
     heads = [
@@ -228,9 +231,7 @@ def _classes_of_adapter(place: str, folder: str) -> dict[str, Any]:
         for name, value in read_weights(folder).items()
         if value.dim() == 2 and "lora_" not in name and name.split(".")[-2] in (*_HEADS, "out_proj")
     ]
-    if not heads:
-        raise InputError(f"model {place!r} has adapters and no classification head, so it cannot classify")
-    return {"num_labels": heads[-1].shape[0]}
+    return {"num_labels": heads[-1].shape[0]} if heads else {}
 
 
 def _check_head(place: str, task: str, loaded: Mapping[str, Any]) -> None:

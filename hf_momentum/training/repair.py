@@ -23,7 +23,7 @@ from hf_momentum.diagnosis.diagnosis_report import FEW, DiagnosisReport
 from hf_momentum.diagnosis.groups import LayerGroup, chosen_groups, layer_groups
 from hf_momentum.diagnosis.leaks import cut, refuse_leaks
 from hf_momentum.diagnosis.repair_report import RepairReport
-from hf_momentum.diagnosis.results import Decision, Verified
+from hf_momentum.diagnosis.results import Decision
 from hf_momentum.diagnosis.verification import decide, verified
 from hf_momentum.errors import InputError
 from hf_momentum.evaluation.suite import CLASSIFIERS, Suite, SuiteSplit
@@ -31,7 +31,7 @@ from hf_momentum.evaluation.writing import write_whole
 from hf_momentum.training.arguments import MomentumTrainingArguments
 from hf_momentum.training.checkpoints import last_complete
 from hf_momentum.training.diagnose import diagnosed, facts_of, settings_of, split_of
-from hf_momentum.training.evaluated import Evaluated, load_evaluated
+from hf_momentum.training.evaluated import Evaluated, find_device, load_evaluated
 from hf_momentum.training.examples import examples_of
 from hf_momentum.training.job import peak_memory
 from hf_momentum.training.predictions import Held, Predictions
@@ -52,6 +52,9 @@ from hf_momentum.training.words import listed, numbers
 
 ROLLED_BACK = 3  # exit status
 UNCHANGED = "No mixture of old and new weights gained anything on validation."
+
+# What a repair writes over or removes.
+_WRITTEN = ("model", "training", "diagnosis", "report.json", "runs.jsonl")
 
 # What is trained with unless it is given: critically damped momentum, SGD's for pictures and Adam's for texts.
 _DEFAULTS: Mapping[str, Mapping[str, str]] = {
@@ -137,6 +140,8 @@ class Plan:
         arguments = training_arguments([*typed, *self.overrides, *last])
         arguments.remove_unused_columns = False
         arguments.label_names = ["targets"]
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # else the Trainer copies the model to every GPU of the machine
         return arguments
 
     def digest(self) -> str:
@@ -236,7 +241,15 @@ def check(plan: Plan) -> None:
         raise InputError(f"alpha must be between 0 and 1, got {plan.alpha}")
     if plan.lora_r is not None and plan.lora_r < 1:
         raise InputError(f"lora_r must be at least 1, got {plan.lora_r}")
-    plan.training(plan.folder)
+    if find_device(plan.settings.device).index:
+        raise InputError(
+            f"device {plan.settings.device!r} is not the first, on which a Trainer trains; leave it out, and set "
+            f"CUDA_VISIBLE_DEVICES={find_device(plan.settings.device).index}"
+        )
+    training = plan.training(plan.folder)
+    steps = 1 if training.eval_steps is None else training.eval_steps
+    if steps < 1 or steps != int(steps):
+        raise InputError(f"eval_steps must be a whole number of at least 1, got {steps:g}")
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -324,7 +337,7 @@ def repair(plan: Plan, command: str = "") -> RepairReport:
     measured = [splits.validation, splits.test, *splits.others]
     old = [held.predictions(evaluated, batch) for held in measured]
     if plan.lora_r is not None:
-        evaluated = with_lora(evaluated, chosen, plan.lora_r)
+        evaluated = with_lora(evaluated, chosen, plan.lora_r, plan.settings.seed)
         chosen_now = chosen_groups(
             layer_groups(evaluated.model, plan.settings.split, plan.settings.patterns), [one.name for one in chosen]
         )
@@ -348,12 +361,18 @@ def repair(plan: Plan, command: str = "") -> RepairReport:
             resume=_checkpoint(folder / "training"),
         )
     new = [held.predictions(evaluated, batch) for held in measured]
-    checked = [_verified(held, *pair) for held, *pair in zip(measured, old, new, strict=True)]
+    roles = ["validation", "verification", *(held.split.role for held in splits.others)]
+    checked = [
+        verified(held.split.name, role, held.split.source, first.by_row(held.examples), second.by_row(held.examples))
+        for held, role, first, second in zip(measured, roles, old, new, strict=True)
+    ]
     decision = decide(checked[1], checked[2:], plan.alpha)
     if found.share == 0:
         decision = Decision(False, [UNCHANGED, *decision.reasons])
+    shutil.rmtree(folder / "model", ignore_errors=True)
     if decision.accepted:
-        _save(evaluated, folder)
+        with quiet():
+            _save(evaluated, folder)
     report = RepairReport(
         model=plan.settings.model,
         task=task,
@@ -389,11 +408,15 @@ def claim(folder: Path, plan: Plan) -> None:
     """Note in the folder which repair it holds.
 
     Raises:
-        InputError: it holds another one.
+        InputError: it holds another one, or something else that would be written over.
     """
-    note = folder / "repair.json"
-    if note.is_file() and json.loads(note.read_text(encoding="utf-8")).get("digest") != plan.digest():
-        raise InputError(f"{folder} holds a repair with other settings; name another --output_dir, or remove it")
+    if folder.exists() and folder.resolve() == Path(plan.settings.model).expanduser().resolve():
+        raise InputError(f"output_dir {folder} is the model, which a repair does not change; name another --output_dir")
+    note, written = folder / "repair.json", [name for name in _WRITTEN if (folder / name).exists()]
+    same = note.is_file() and json.loads(note.read_text(encoding="utf-8")).get("digest") == plan.digest()
+    if written and not same:
+        what = "a repair with other settings" if note.is_file() else f"{written[0]}, which is of no repair"
+        raise InputError(f"{folder} holds {what}; name another --output_dir, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(note, json.dumps({"digest": plan.digest()}))
 
@@ -430,19 +453,12 @@ def _chosen(
     return [group for group in groups if group.name in report.chosen]
 
 
-def _verified(held: Held, old: Predictions, new: Predictions) -> Verified:
-    split = held.split
-    role = {"test": "verification", "validation": "validation"}.get(split.name, str(split.role))
-    return verified(split.name, role, split.source, old.by_row(held.examples), new.by_row(held.examples))
-
-
 def _save(evaluated: Evaluated, folder: Path) -> None:
     """The repaired model, complete or not at all."""
     partial, place = folder / "model.partial", folder / "model"
     shutil.rmtree(partial, ignore_errors=True)
     evaluated.model.save_pretrained(partial)
     evaluated.processor.save_pretrained(partial)
-    shutil.rmtree(place, ignore_errors=True)
     partial.rename(place)
 
 

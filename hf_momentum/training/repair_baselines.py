@@ -88,7 +88,6 @@ def run(plan: Plan, seeds: int, learning_rates: Sequence[float], command: str = 
                 assert bench is not None
                 done = records.note(bench.measure(bench.way(method, found), rates))
             runs.append(done)
-        records.close(seed)
     return BaselinesReport(
         title=f"{short(plan.settings.model)}: what to retrain on the errors of {short(plan.settings.data.source)}",
         unit="token" if plan.settings.data.task == "causal_lm" else "example",
@@ -298,11 +297,8 @@ class _Records:
         return run
 
     def complete(self, seed: int) -> bool:
-        return any(line["seed"] == seed and line["what"] == "complete" for line in self.lines)
-
-    def close(self, seed: int) -> None:
-        if not self.complete(seed):
-            self._add({"what": "complete", "seed": seed})
+        found = self.diagnosis(seed)
+        return found is not None and all(self.run(seed, method) is not None for method in found["ways"])
 
 
 def _facts(plan: Plan, rates: Sequence[float]) -> dict[str, str]:

@@ -6,6 +6,7 @@ can be mixed, the old model can be asked without a copy of it, and everything ca
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,7 +158,7 @@ def _adapts(name: str) -> bool:
     return ".lora_" in name or ".modules_to_save." in name
 
 
-def with_lora(evaluated: Evaluated, groups: Sequence[LayerGroup], rank: int) -> Evaluated:
+def with_lora(evaluated: Evaluated, groups: Sequence[LayerGroup], rank: int, seed: int = 0) -> Evaluated:
     """The model with fresh LoRA adapters on the linear layers of chosen groups, by PEFT's own `target_modules`.
 
     Raises:
@@ -169,8 +170,11 @@ def with_lora(evaluated: Evaluated, groups: Sequence[LayerGroup], rank: int) -> 
     targets = sorted(name for name in inside if isinstance(evaluated.model.get_submodule(name), nn.Linear))
     if not targets:
         raise InputError(f"groups {', '.join(group.name for group in groups)} have no linear layer for LoRA to adapt")
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
-    return Evaluated(evaluated.place, get_peft_model(evaluated.model, config), evaluated.processor)
+    whole = "|".join(map(re.escape, targets))  # PEFT takes a name in a list for the end of others, too
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=whole)
+    with torch.random.fork_rng():  # an interrupted repair begins again with the same ones
+        torch.manual_seed(seed)
+        return Evaluated(evaluated.place, get_peft_model(evaluated.model, config), evaluated.processor)
 
 
 # ---- on which predictions --------------------------------------------------------------------------------------------
@@ -218,7 +222,9 @@ def _padded(rows: Sequence[Tensor | None], targets: Tensor, default: bool) -> Te
         return torch.tensor([default if row is None else bool(row) for row in rows])
     found = torch.full(targets.shape, default)
     for place, row in enumerate(rows):
-        if row is not None:
+        if row is not None and row.dim() == 0:  # of a text as a whole
+            found[place] = row
+        elif row is not None:
             found[place] = False
             length = min(len(row), targets.shape[1])
             found[place, :length] = row[:length]
@@ -323,7 +329,8 @@ class Best(TrainerCallback):
     """Measures the validation split now and then, keeps the best weights, and stops when they stay the best.
 
     The best are those with the largest net gain over the old model, and of equal ones the least loss. They are kept on
-    the CPU and, if a folder is named, in a file there, so that an interrupted run goes on with them.
+    the CPU and, if a folder is named, in files there. An interrupted run goes on with those that were the best when its
+    checkpoint was written: later ones are measured again.
 
     Attributes:
         trained: what trains.
@@ -331,7 +338,11 @@ class Best(TrainerCallback):
         before: what the old model predicted.
         every: steps between two measurements.
         patience: measurements without a better one after which training ends; 0 for never.
-        folder: for the file.
+        folder: for the files.
+        tensors: the best so far.
+        best: the log's entry of them.
+        waited: measurements since then.
+        log: all measurements.
     """
 
     trained: Trained
@@ -341,19 +352,24 @@ class Best(TrainerCallback):
     patience: int = 0
     folder: Path | None = None
     tensors: dict[str, Tensor] | None = None
-    found: tuple[int, float] | None = None
+    best: dict[str, float] | None = None
     waited: int = 0
     log: list[dict[str, float]] = field(default_factory=list)
 
+    @property
+    def ended(self) -> bool:
+        """Whether patience is at its end."""
+        return self.patience > 0 and self.waited >= self.patience
+
     def continue_from(self, step: int) -> None:
-        """Read the file, as far as it was written up to that step."""
+        """Go on from what was measured up to that step."""
         if self.folder is None or not (self.folder / "best.json").is_file():
             return
-        record = json.loads((self.folder / "best.json").read_text(encoding="utf-8"))
-        self.log = [entry for entry in record["log"] if entry["step"] <= step]
-        if record["at"] <= step:
-            self.found, self.waited = (record["net"], record["loss"]), record["waited"]
-            stored = load_file(self.folder / "best.safetensors")
+        for entry in json.loads((self.folder / "best.json").read_text(encoding="utf-8")):
+            if entry["step"] <= step:
+                self._is_best(entry)
+        if self.best is not None:
+            stored = load_file(self._file(self.best["step"]))
             self.tensors = {name: stored[name] for name in self.trained.old}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -362,27 +378,46 @@ class Best(TrainerCallback):
             return
         self.trained.model.eval()
         now = self.measure()
-        net = gain(self.before, now).net
-        entry = {"step": state.global_step, "validation_net": net, "validation_loss": now.loss}
-        self.log.append({**entry, "validation_accuracy": now.accuracy})
-        self.waited += 1
-        if self.found is None or (net, -now.loss) > (self.found[0], -self.found[1]):
-            self.found, self.waited = (net, now.loss), 0
+        entry = {"step": state.global_step, "validation_net": gain(self.before, now).net, "eval_loss": now.loss}
+        if self._is_best({**entry, "validation_accuracy": now.accuracy}):
             self.tensors = {name: tensor.cpu() for name, tensor in self.trained.now().items()}
-        if self.folder is not None:
             self._write(state.global_step)
-        if self.patience and self.waited >= self.patience:
+        if self.folder is not None:
+            write_whole(self.folder / "best.json", json.dumps(self.log))
+        if self.ended:
             control.should_training_stop = True
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Delete what no checkpoint needs any more."""
+        if self.folder is not None and self.best is not None:
+            for path in self.folder.glob("best-*.safetensors"):
+                if path != self._file(self.best["step"]):
+                    path.unlink()
+
+    def _is_best(self, entry: dict[str, float]) -> bool:
+        """Add an entry to the log."""
+        self.log.append(entry)
+        self.waited += 1
+        if self.best is not None and _merit(entry) <= _merit(self.best):
+            return False
+        self.best, self.waited = entry, 0
+        return True
+
+    def _file(self, step: float) -> Path:
+        assert self.folder is not None
+        return self.folder / f"best-{step}.safetensors"
+
     def _write(self, step: int) -> None:
-        assert self.folder is not None and self.found is not None and self.tensors is not None
+        if self.folder is None or self.tensors is None:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.waited == 0:
-            partial = self.folder / "best.partial"
-            save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, partial)
-            partial.replace(self.folder / "best.safetensors")
-        record = {"at": step, "net": self.found[0], "loss": self.found[1], "waited": self.waited, "log": self.log}
-        write_whole(self.folder / "best.json", json.dumps(record))
+        partial = self.folder / "best.partial"
+        save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, partial)
+        partial.replace(self._file(step))
+
+
+def _merit(entry: Mapping[str, float]) -> tuple[float, float]:
+    return entry["validation_net"], -entry["eval_loss"]
 
 
 def gain(before: Predictions, after: Predictions) -> Flips:
@@ -440,13 +475,17 @@ def retrain(
     every = max(1, int(training.eval_steps or 1))
     best = Best(trained, lambda: validation.predictions(evaluated, training.per_device_eval_batch_size), before, every)
     best.patience, best.folder = patience, keep
-    if resume is not None:
-        best.continue_from(int(Path(resume).name.rpartition("-")[2]))
     trainer = RepairTrainer(trained, taught, distill, rates, args=training, callbacks=[best])
-    trainer.train(resume_from_checkpoint=resume)
-    made, planned = trainer.state.global_step, trainer.state.max_steps
+    state = None
+    if resume is not None:
+        state = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json"))
+        best.continue_from(state.global_step)
+    # A Trainer that goes on from its last step, or from where patience ended, would make a step more.
+    if state is None or not (best.ended or state.global_step >= state.max_steps):
+        trainer.train(resume_from_checkpoint=resume)
+        state = trainer.state
     stopped = "all steps were made"
-    if made < planned:
+    if state.global_step < state.max_steps:
         stopped = f"validation did not improve in {patience} measurements"
     assert best.tensors is not None
     device = next(iter(trained.old.values())).device
@@ -459,5 +498,5 @@ def retrain(
         mixtures.append(Mixture(share, gain(before, found), found.loss))
     chosen = max(mixtures, key=lambda one: (one.flips.net, -one.loss)).share
     trained.put(trained.mixed(new, chosen))
-    history = [*trainer.state.log_history, *best.log]
-    return Retrained(new, chosen, mixtures, made, stopped, history)
+    history = [*state.log_history, *best.log]
+    return Retrained(new, chosen, mixtures, state.global_step, stopped, history)
