@@ -462,6 +462,7 @@ def _add_groups(parser: argparse.ArgumentParser) -> None:
 def _diagnose(words: list[str]) -> int:
     parser = _OneLineParser(
         prog="hf-momentum diagnose",
+        usage="%(prog)s --model M --data D [--against CORRECT] [options]",
         description=DIAGNOSE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -490,8 +491,8 @@ def _diagnose(words: list[str]) -> int:
     launch.relaunch("diagnose", words, known.accelerate_config, {n: getattr(known, n) for n in launch.LAUNCHER_FLAGS})
     report = diagnose.diagnose(settings, diagnose.command_of("diagnose", words))
     if report is not None:
-        path = report.write(Path(known.output_dir))
-        print("\n" + "\n".join([*report.sentences(), f"Report: {path} (and report.md, report.json, plots/)"]))
+        files = f"Report: {report.write(Path(known.output_dir))} (and report.md, report.json, plots/)"
+        print("\n" + "\n".join([report.verdict(), *report.sentences(), files]))
     return 0
 
 
@@ -539,12 +540,13 @@ def _repair(words: list[str]) -> int:
     if known.baselines:
         rates = numbers("learning_rates", known.learning_rates)
         report = repair_baselines.run(plan, known.seeds, rates, command)
-        path = report.write(place)
-        print("\n" + "\n".join([*report.sentences(), f"Report: {path} (and report.md, report.json, plots/)"]))
+        files = f"Report: {report.write(place)} (and report.md, report.json, plots/)"
+        print("\n" + "\n".join([report.verdict(), *report.sentences(), files]))
         return 0
     found = repair.repair(plan, command)
     kept = f"Repaired model: {place / 'model'}" if found.decision.accepted else "The model stays as it was."
-    print("\n" + "\n".join([*found.sentences(), kept, f"Report: {place / 'report.html'} (and report.md, report.json)"]))
+    files = f"Report: {place / 'report.html'} (and report.md, report.json)"
+    print("\n" + "\n".join([found.verdict(), *found.sentences(), kept, files]))
     return repair.ROLLED_BACK if found.outcome == "rolled back" else 0
 
 

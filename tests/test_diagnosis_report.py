@@ -83,7 +83,7 @@ def test_noise_has_a_column_and_a_warning_where_it_is_more_than_half_of_a_chosen
         ({"contrast": (1.0, 4.0, 2.0, 3.95), "first": (0, 0.4, 0, 0.6)}, "40.0 % of resamples and its interval"),
         (
             {"chosen": ["block.1", "block.3"], "rule": "top 2"},
-            "of resamples). Chosen by top 2: block.1 and block.3.",
+            "of resamples). Chosen (top 2): block.1 and block.3.",
         ),
         ({"score": "taylor"}, "point to block.1 (taylor 8.00 [7.90, 8.10])."),
     ],

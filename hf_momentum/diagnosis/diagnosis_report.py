@@ -265,7 +265,7 @@ class DiagnosisReport:
             said = f"{whose} point to {first} ({figure}{sure})."
         if not self.chosen:
             return said
-        return f"{said} Chosen{f' by {self.rule}' if self.rule else ''}: {listed(list(self.chosen))}."
+        return f"{said} Chosen{f' ({self.rule})' if self.rule else ''}: {listed(list(self.chosen))}."
 
     def sentences(self) -> list[str]:
         """What else a reader has to know before anything is retrained, one sentence each.
@@ -324,7 +324,7 @@ class DiagnosisReport:
                 blocks.append(
                     Text(
                         f'"{_RIGHT.strip()}" is the same of right predictions, "{_RANDOM.strip()}" the same of a model '
-                        "of this architecture with random weights and its own errors."
+                        "of this architecture with random weights, of the same predictions."
                     )
                 )
             blocks.append(Details("Every score with its interval", [self._every_score()]))

@@ -67,12 +67,15 @@ def layer_groups(
 
     Args:
         model: any; not yet wrapped by DDP or an engine.
-        split: "blocks", or "parts": attention, MLP and norms of each block, or the members of a stack inside it.
+        split: "blocks", or "parts": attention, MLP and norms of each block, or the members of a stack inside it and
+            what stands beside that.
         patterns: groups of one's own by name: parameters whose plain name (without PEFT's wrappers) matches a pattern
-            of `*`, `?` and `[...]` leave the group in which they would be; the first pattern that matches has them.
+            of `*`, `?` and `[...]` leave the group in which they would be, with their adapters; the first pattern that
+            matches has them.
 
     Raises:
-        InputError: a pattern matches nothing, or has the name of a group that is left; `split` is unknown.
+        InputError: a pattern matches nothing, or only what an earlier one has, or has the name of a group that is left;
+            `split` is unknown.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -90,9 +93,7 @@ def layer_groups(
     for name, parameter in model.named_parameters():
         if ".original_module." in name:  # PEFT keeps it beside the copy that is in use
             continue
-        adapts = _ADAPTER.search(name) is not None
-        plain = plain_name(name) + (".weight" if adapts else "")  # adapters go where the weight that they adapt goes
-        own = next((own for own, pattern in patterns.items() if fnmatchcase(plain, pattern)), None)
+        own = next((own for own, pattern in patterns.items() if fnmatchcase(_weight_name(name), pattern)), None)
         place: str
         kind: Kind
         place, kind = (own, "pattern") if own is not None else tree.place(name, split)
@@ -100,16 +101,17 @@ def layer_groups(
         if (group.kind == "pattern") != (own is not None):
             raise InputError(f"a pattern is named {place!r}, as a group is; name it otherwise")
         matched |= {own}
-        if adapts:
+        if _ADAPTER.search(name):
             group.adapters.append(name)
         else:
             group.weights.append(name)
             group.numel += parameter.numel()
     for own, pattern in patterns.items():
         if own not in matched:
+            left = " that is left" if len(patterns) > 1 else ""
             raise InputError(
-                f"group pattern {own}={pattern} matches no parameter. Names are like {tree.first}; the groups are "
-                f"{', '.join(found)}"
+                f"group pattern {own}={pattern} matches no parameter{left}. Names are like {tree.first}; the groups "
+                f"are {', '.join(found)}"
             )
     return [
         LayerGroup(name, group.kind, tuple(group.weights), tuple(group.adapters), group.numel)
@@ -152,6 +154,11 @@ def plain_name(name: str) -> str:
         'layers.0.q_proj'
     """
     return _WRAPPED.sub("", _ADAPTER.sub("", name)).removeprefix(_PEFT)
+
+
+def _weight_name(name: str) -> str:
+    """What patterns are matched with: an adapter goes where the weight goes that it adapts."""
+    return f"{plain_name(name)}.weight" if _ADAPTER.search(name) else plain_name(name)
 
 
 class _Tree:
@@ -228,19 +235,19 @@ class _Tree:
         return f"{words[stack][0]}.block" if words[stack] and alike == 1 else stack
 
     def _part(self, path: Sequence[str], depth: int) -> str:
-        """The part of a block: the member of a list inside it, or attention, norm or MLP."""
-        module = self.model.get_submodule(".".join(path[: depth + 1]))
-        inside = list(path[depth + 1 :])
-        for place, word in enumerate(inside):
-            child = module.get_submodule(word)
-            if place == 0 and _is_norm(_unwrapped(child)):
-                return ".norm"
-            if place == 0 and _ATTENTION.search(word):
-                return ".attention"
-            if isinstance(module, nn.ModuleList | nn.Sequential):
-                return f".{word}"
-            module = child
-        return ".mlp"
+        """The part of a block: the member of a stack inside it, or attention, norm or MLP; "" of its own weights."""
+        block = self.model.get_submodule(".".join(path[: depth + 1]))
+        inside = _owner(path[depth + 1 :])
+        if not inside:
+            return ""
+        stacks = [name for name, child in block.named_children() if _is_stack(child)]
+        if inside[0] in stacks:
+            return f".{inside[1]}" if len(stacks) == 1 else f".{inside[0]}.{inside[1]}"
+        if _is_norm(_unwrapped(block.get_submodule(inside[0]))):
+            return ".norm"
+        if stacks:
+            return f".{inside[0]}"
+        return ".attention" if _ATTENTION.search(inside[0]) else ".mlp"
 
 
 def _owner(path: Sequence[str]) -> list[str]:
@@ -252,6 +259,12 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     """The module that PEFT has put another one around."""
     inside = dict(module.named_children())
     return inside.get("base_layer", inside.get("original_module", module))
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """Whether a module is a list of more than single layers."""
+    several = isinstance(module, nn.ModuleList | nn.Sequential)
+    return several and any(any(True for _ in _unwrapped(member).children()) for member in module)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -70,7 +70,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
         raise InputError(f"task {task!r} is not accepted{nearest(task, TASKS)}; one of {', '.join(TASKS)}")
     rules = {name: given.get(name) for name in ("top", "threshold", "cumulative", "budget")}
     asked = any(value is not None for value in rules.values())
-    patterns = dict(_pattern(entry) for entry in given.get("group", ()))
+    patterns = _patterns(given.get("group", ()))
     data = split_of("data", given["data"], task, given)
     against = None if given.get("against") is None else split_of("against", given["against"], task, given)
     same = ("split", "score", "lora_weights", "batch_size", "device", "revision", "seed")
@@ -103,11 +103,16 @@ def split_of(name: str, source: str, task: str, given: Mapping[str, Any]) -> Sui
     )
 
 
-def _pattern(entry: str) -> tuple[str, str]:
-    name, separator, pattern = entry.partition("=")
-    if not separator or not name or not pattern:
-        raise InputError(f"group {entry!r} is not of the form NAME=PATTERN, such as early=*.layer.[01].*")
-    return name, pattern
+def _patterns(entries: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for entry in entries:
+        name, separator, pattern = entry.partition("=")
+        if not separator or not name or not pattern:
+            raise InputError(f"group {entry!r} is not of the form NAME=PATTERN, such as early=*.layer.[01].*")
+        if name in found:
+            raise InputError(f"group {name!r} is given twice; give each a name of its own")
+        found[name] = pattern
+    return found
 
 
 def command_of(command: str, words: Sequence[str]) -> str:
@@ -140,6 +145,8 @@ def check(settings: Settings) -> None:
         raise InputError(f"lora_weights {settings.lora_weights!r} is not accepted; base or delta")
     if settings.batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {settings.batch_size}")
+    if settings.seed < 0:
+        raise InputError(f"seed must be at least 0, got {settings.seed}")
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------

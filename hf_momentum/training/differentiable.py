@@ -125,7 +125,7 @@ def differentiable(
         if named[name].dtype != torch.float32:
             raise InputError(
                 f"{name} is of dtype {str(named[name].dtype).removeprefix('torch.')}, and gradients are added up in "
-                "float32; load the model with dtype float32"
+                "float32; load the model with dtype float32, and a quantised one without quantisation"
             )
     tensors = [named[name] for name in names]
     weights = _deltas(model, names) if lora_weights == "delta" else {}

@@ -1,5 +1,6 @@
 """A model to be evaluated: any Hub name, folder, adapter or checkpoint of a run, with its tokenizer or processor."""
 
+import copy
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -142,14 +143,21 @@ def task_of(place: str, revision: str | None = None) -> str:
 def untrained(evaluated: Evaluated, task: str, seed: int) -> Evaluated:
     """A model of the same architecture with random weights: what scores say of it, they say of no training.
 
+    Where adapters come with an output layer of their own, it has one, too, that is not the embeddings'.
+
     Example:
         >>> load_evaluated  # then: untrained(load_evaluated("my-model", "causal_lm"), "causal_lm", seed=0)
         <function load_evaluated ...
     """
-    model = evaluated.model.get_base_model() if isinstance(evaluated.model, PeftModel) else evaluated.model
+    model, config = evaluated.model, evaluated.model.config
+    if isinstance(model, PeftModel):
+        model, config = model.get_base_model(), copy.deepcopy(config)
+        output = model.get_output_embeddings()
+        if output is not None and output.weight is not model.get_input_embeddings().weight:
+            config.tie_word_embeddings = False
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        random = _CLASSES[task].from_config(model.config, dtype=model.dtype)
+        random = _CLASSES[task].from_config(config, dtype=model.dtype)
     return Evaluated(f"{evaluated.place} (random weights)", random.to(evaluated.device).eval(), evaluated.processor)
 
 
@@ -203,6 +211,8 @@ def _load(place: str, folder: str, task: str, device: torch.device, dtype: str, 
             f"model {place!r} is neither a folder here nor reachable on the Hub, or no model for {task} "
             f"({' '.join(str(error).split())[:200]}). Without a network, {OFFLINE_RECIPE} trains its own small model"
         ) from error
+    except ImportError as error:  # how transformers says that a quantised model's package is not there
+        raise InputError(f"model {place!r} cannot be read here: {' '.join(str(error).split())}") from error
     if task != "image_classification" and processor.pad_token is None:
         processor.pad_token = processor.eos_token
     if task == "sequence_classification":

@@ -317,7 +317,7 @@ def _attribute_tokens(ready: Differentiable, data: Data, settings: Settings) -> 
 
 def _kinds(data: Data) -> int:
     """Tokens of the vocabulary, with those that only the embeddings have room for."""
-    return max(len(data.evaluated.processor), data.evaluated.model.get_input_embeddings().num_embeddings)
+    return max(len(data.evaluated.processor), data.evaluated.model.config.get_text_config().vocab_size)
 
 
 def _collected(
