@@ -264,7 +264,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 def _is_stack(module: nn.Module) -> bool:
     """Whether a module is a list of more than single layers."""
     several = isinstance(module, nn.ModuleList | nn.Sequential)
-    return several and any(any(True for _ in _unwrapped(member).children()) for member in module)
+    return several and any(any(True for _ in _unwrapped(member).children()) for member in module.children())
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from hf_momentum.diagnosis.groups import LayerGroup
 from hf_momentum.diagnosis.results import SCORES, Compared, GroupFacts
 from hf_momentum.errors import InputError, nearest
 from hf_momentum.evaluation.suite import TASKS, SuiteSplit
-from hf_momentum.training.evaluated import Evaluated, task_of, untrained
+from hf_momentum.training.evaluated import task_of, untrained
 from hf_momentum.training.job import peak_memory
 from hf_momentum.training.processes import launched_processes
 from hf_momentum.training.samples import Data, Found, Settings, attribute, model_task, scores_of
@@ -44,12 +44,14 @@ def diagnose(settings: Settings, command: str = "") -> DiagnosisReport | None:
 def diagnosed(data: Data, settings: Settings, command: str = "") -> tuple[DiagnosisReport, Found]:
     """The same for a model and data that are loaded; with what the report was made from."""
     started = time.perf_counter()
+    # A wrapper may change the class, and leave a part of each tensor.
+    model = f"{type(data.evaluated.model).__name__}, {data.evaluated.parameters:,} parameters"
     found = attribute(data.evaluated, data, settings)
     random = None
     if found.compared is not None and settings.random:
         control = untrained(data.evaluated, model_task(settings.data.task), settings.seed)
         random = scores_of(control, data, settings, found)
-    facts = _facts(data.evaluated, time.perf_counter() - started)
+    facts = {"model": model, **_facts(data.evaluated.device, time.perf_counter() - started)}
     return _report(settings, found, random, command, facts), found
 
 
@@ -147,6 +149,10 @@ def check(settings: Settings) -> None:
         raise InputError(f"batch_size must be at least 1, got {settings.batch_size}")
     if settings.seed < 0:
         raise InputError(f"seed must be at least 0, got {settings.seed}")
+    if settings.device is not None and launched_processes() > 1:
+        raise InputError(
+            f"device {settings.device!r} is for one process; in a launch each has a device of its own, so leave it out"
+        )
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -209,13 +215,15 @@ def _notes(settings: Settings, found: Found) -> list[str]:
     return notes
 
 
-def _facts(evaluated: Evaluated, seconds: float) -> dict[str, str]:
-    device = evaluated.device
+def _facts(device: torch.device, seconds: float) -> dict[str, str]:
+    processes = launched_processes()
     return {
-        "model": f"{type(evaluated.model).__name__}, {evaluated.parameters:,} parameters",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+        + (f", {processes} processes" if processes > 1 else ""),
         "time": f"{seconds:.1f} s",
-        "peak memory": f"{peak_memory(device) / 2**20:.0f} MiB" + ("" if device.type == "cuda" else " of the process"),
+        "peak memory": f"{peak_memory(device) / 2**20:.0f} MiB"
+        + ("" if device.type == "cuda" else " of the process")
+        + (", the first one" if processes > 1 else ""),
         "versions": ", ".join(
             f"{name} {importlib.metadata.version(name)}" for name in ("hf-momentum", "torch", "transformers")
         )

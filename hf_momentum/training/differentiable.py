@@ -2,15 +2,17 @@
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from transformers.integrations import unset_hf_deepspeed_config
 
 from hf_momentum.diagnosis.attribution import Gradients, collect
 from hf_momentum.diagnosis.groups import LayerGroup
@@ -20,7 +22,7 @@ from hf_momentum.integrations.what_runs import base_optimizer
 from hf_momentum.sharding import ReducedGradients, WholeGradients, reduced_gradients
 from hf_momentum.training.evaluated import Evaluated
 from hf_momentum.training.examples import Examples
-from hf_momentum.training.processes import check_launch, launched_processes
+from hf_momentum.training.processes import check_launch, launched_for, launched_processes
 
 # What a batch's logits and targets come to: a summed loss, and of how many predictions.
 Loss = Callable[[Tensor, Tensor, Sequence[int]], tuple[Tensor, int]]
@@ -118,7 +120,22 @@ def differentiable(
     Raises:
         InputError: weights that cannot be differentiated, or `delta` where there is none.
     """
-    model = evaluated.model
+    processes = launched_processes()
+    if processes > 1:
+        if lora_weights == "delta":
+            raise InputError("lora_weights delta needs whole weights, and this launch shares them; take base")
+        yield _launched(evaluated, groups)
+        return
+    model, tensors = evaluated.model, _tensors(evaluated.model, groups)
+    names = [name for group in groups for name in group.weights]
+    weights = _deltas(model, names) if lora_weights == "delta" else {}
+    with untouched(model, tensors):
+        gradients = WholeGradients(torch.optim.SGD(tensors, lr=0.0))
+        yield Differentiable(model, evaluated.device, groups, gradients, Tensor.backward, weights, 1, 0, torch.clone)
+
+
+def _tensors(model: Any, groups: Sequence[LayerGroup]) -> list[Tensor]:
+    """The groups' weights, row by row."""
     named = dict(model.named_parameters())
     names = [name for group in groups for name in group.weights]
     for name in names:
@@ -127,37 +144,48 @@ def differentiable(
                 f"{name} is of dtype {str(named[name].dtype).removeprefix('torch.')}, and gradients are added up in "
                 "float32; load the model with dtype float32, and a quantised one without quantisation"
             )
-    tensors = [named[name] for name in names]
-    weights = _deltas(model, names) if lora_weights == "delta" else {}
-    processes = launched_processes()
-    with ExitStack() as stack:
-        if processes == 1:
-            stack.enter_context(untouched(model, tensors))
-            gradients = WholeGradients(torch.optim.SGD(tensors, lr=0.0))
-            yield Differentiable(
-                model, evaluated.device, groups, gradients, Tensor.backward, weights, 1, 0, torch.clone
-            )
-            return
-        if weights:
-            raise InputError("lora_weights delta needs whole weights, and this launch shares them; take base")
-        yield _launched(evaluated, groups, tensors)
+    return [named[name] for name in names]
 
 
-def _launched(evaluated: Evaluated, groups: Sequence[LayerGroup], tensors: Sequence[Tensor]) -> Differentiable:
-    """On several processes, by Accelerate."""
+def _launched(evaluated: Evaluated, groups: Sequence[LayerGroup]) -> Differentiable:
+    """On several processes, by Accelerate.
+
+    Nothing that outlives this call may hold the model's tensors: after it each process has its own part of them alone.
+    """
     from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
-    accelerator = Accelerator()
+    # Under `cpu` Accelerate leaves DeepSpeed out, silently, and without it CPU processes do not find each other.
+    on_cpu = not torch.accelerator.is_available() and launched_for() != DistributedType.DEEPSPEED
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        # Else Accelerate would read it from the launcher's file, where it may be "auto".
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        # Not every weight has a part in every loss.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
     check_launch(accelerator.state)
+    if accelerator.mixed_precision != "no":
+        raise InputError(
+            f"the launcher was told mixed_precision {accelerator.mixed_precision}, and gradients are added up in "
+            "float32; set it to no"
+        )
     model = evaluated.model.eval()
+    tensors = _tensors(model, groups)
     wanted = {id(tensor) for tensor in tensors}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in wanted)
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # a number that DeepSpeed asks for
-        plugin.deepspeed_config["gradient_accumulation_steps"] = 1
-    base = torch.optim.SGD(list(tensors), lr=0.0)
+        plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": 1,  # a number that DeepSpeed asks for
+            "gradient_accumulation_steps": 1,
+            "zero_force_ds_cpu_optimizer": False,  # else offload would put an optimizer of its own in place
+        }
+        # The next model to be made shall be whole, as this one was.
+        plugin.dschf = None
+        unset_hf_deepspeed_config()
+    base = torch.optim.SGD(tensors, lr=0.0)
     given = [[weakref.ref(tensor) for tensor in tensors]]
     model, optimizer = accelerator.prepare(model, base)
     model.eval()

@@ -42,6 +42,19 @@ def launched_for() -> DistributedType | None:
     return None
 
 
+def own_device() -> str | None:
+    """The accelerator of this process among those that a launcher started; None without a launcher, or on CPUs.
+
+    Example:
+        >>> own_device() is None
+        True
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if launched_processes() == 1 or accelerator is None:
+        return None
+    return f"{accelerator.type}:{int(os.environ.get('LOCAL_RANK', '0')) % torch.accelerator.device_count()}"
+
+
 def environment_of_one_process(device: torch.device) -> dict[str, str]:
     """This process's environment without the launcher's variables, and with `device` as the only GPU.
 

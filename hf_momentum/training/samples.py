@@ -17,6 +17,7 @@ from hf_momentum.evaluation.suite import SuiteSplit
 from hf_momentum.training.differentiable import Differentiable, Loss, differentiable
 from hf_momentum.training.evaluated import Evaluated, load_evaluated
 from hf_momentum.training.examples import IGNORED, Examples, examples_of
+from hf_momentum.training.processes import own_device
 from hf_momentum.training.suite_rows import load_rows, written_rows
 
 _UNITS = 32  # micro-batches of a sample at least, for the intervals, as far as there are examples
@@ -93,7 +94,8 @@ class Data:
         rows = load_rows(settings.data)
         others = None if settings.against is None else load_rows(settings.against)
         task = model_task(settings.data.task)
-        evaluated = load_evaluated(settings.model, task, settings.device, "float32", settings.revision)
+        device = settings.device or own_device()
+        evaluated = load_evaluated(settings.model, task, device, "float32", settings.revision)
         examples = examples_of(evaluated, rows, settings.data)
         against = None
         if others is not None and settings.against is not None:
@@ -182,28 +184,32 @@ def _compare(
     """Both gradients, of samples that are known."""
     loss = _LOSSES[settings.data.task]
     gradients = [
-        ready.collect(
+        _collected(
+            ready,
             examples,
-            sample.indices,
-            unit_size(len(sample.indices), settings.batch_size),
+            sample,
+            unit_size(len(sample.indices), settings.batch_size, ready.processes),
             lambda logits, targets, own, masks=sample.masks: loss(logits, targets, [masks.get(i) for i in own]),
             settings.seed,
         )
         for examples, sample in (wrong, good)
         if len(sample.indices)
     ]
+    assert gradients[0] is not None, "without errors nothing is compared"
     numel = [group.numel for group in ready.groups]
     return compare(gradients[0], gradients[1] if len(gradients) > 1 else None, numel, settings.seed)
 
 
-def unit_size(examples: int, batch_size: int) -> int:
-    """Examples of a micro-batch: fewer than asked for where there would be too few units for an interval.
+def unit_size(examples: int, batch_size: int, processes: int = 1) -> int:
+    """Examples of each process's micro-batch: fewer than asked for where there would be too few units for an interval.
+
+    A unit is what all processes take at once, so that several of them have the units of one, as far as that goes.
 
     Example:
-        >>> unit_size(40, 16), unit_size(200, 16), unit_size(10_000, 16)
-        (1, 6, 16)
+        >>> unit_size(40, 16), unit_size(200, 16), unit_size(10_000, 16), unit_size(200, 16, processes=2)
+        (1, 6, 16, 3)
     """
-    return max(1, min(batch_size, examples // _UNITS))
+    return max(1, min(batch_size, examples // (_UNITS * processes)))
 
 
 def _attribute_examples(ready: Differentiable, data: Data, settings: Settings) -> Found:
@@ -285,7 +291,7 @@ def _attribute_tokens(ready: Differentiable, data: Data, settings: Settings) -> 
             wrong.masks[index] = masks[-1].cpu()  # type: ignore[index]
         return token_loss(logits, targets, masks)
 
-    size = unit_size(len(wrong.indices), settings.batch_size)
+    size = unit_size(len(wrong.indices), settings.batch_size, ready.processes)
     gradients = [_collected(ready, data.examples, wrong, size, of_errors, settings.seed)]
     counts[0] = ready.gathered(counts[0])
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -302,7 +308,7 @@ def _attribute_tokens(ready: Differentiable, data: Data, settings: Settings) -> 
         return token_loss(logits, targets, masks)
 
     if len(good.indices):
-        size = unit_size(len(good.indices), settings.batch_size)
+        size = unit_size(len(good.indices), settings.batch_size, ready.processes)
         gradients.append(_collected(ready, source, good, size, of_right, settings.seed))
         counts[1] = ready.gathered(counts[1])
     own = counts[:1] if data.against is not None else counts
