@@ -186,7 +186,7 @@ def test_leaks_are_refused_with_an_example_and_what_to_do():
     assert message.startswith(
         "2 examples of 'train' are also in 'check': row 1 of 'train' (rows count from 0) and row 0"
     )
-    assert "; 1 example of 'train' is also in 'news'" in message and "--split" in message
+    assert "; 1 example of 'train' is also in 'news'" in message and "--cut" in message
     assert refuse_leaks({"train": ["x"], "check": ["y"]}) is None
     shown = find_leaks({"train": [long], "check": [long]})[0].text
     assert shown.startswith("'A very long line") and len(shown) == 82
