@@ -232,11 +232,6 @@ def check(plan: Plan) -> None:
         raise InputError(
             f"shares must be numbers above 0 and up to 1, got {', '.join(map(str, plan.shares)) or 'none'}"
         )
-    if plan.settings.device not in (None, "cpu"):
-        raise InputError(
-            f"device {plan.settings.device!r} is not for a repair, which trains where a Trainer does: on cpu, or the "
-            "first accelerator it sees; choose that with CUDA_VISIBLE_DEVICES"
-        )
     if not 0 < plan.alpha < 1:
         raise InputError(f"alpha must be between 0 and 1, got {plan.alpha}")
     if plan.lora_r is not None and plan.lora_r < 1:
