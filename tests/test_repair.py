@@ -1,6 +1,5 @@
 """`hf-momentum repair` from its command line: what it keeps, what it takes back, and that the third split decides."""
 
-import gc
 import hashlib
 import json
 import math
@@ -31,17 +30,19 @@ from hf_momentum.training.samples import Settings
 from tests import repairable
 from tests.conftest import write_rows
 
-FAST = ["--device=cpu", "--disable_tqdm=true", "--max_steps=8", "--eval_steps=4", "--save_steps=4", "--logging_steps=4"]
+FAST = [
+    "--device=cpu",
+    "--batch_size=64",
+    "--disable_tqdm=true",
+    "--max_steps=8",
+    "--eval_steps=4",
+    "--save_steps=4",
+    "--logging_steps=4",
+]
 HEAD = ["--layers=head", "--optim=critical_sgd", "--learning_rate=0.2"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def nothing_to_collect():
-    """A Trainer collects garbage after each run; without this it looks at all that was imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_trainers")
 
 
 @pytest.fixture(autouse=True)
@@ -631,7 +632,7 @@ def compared_ways(toy, tmp_path_factory):
     """All ways to retrain at two seeds, once."""
     folder = tmp_path_factory.mktemp("baselines")
     more = ["--baselines", "--seeds=2", "--learning_rates=0.05,0.2", "--top=2", "--optim=critical_sgd"]
-    given = words(toy, folder, *more, "--max_steps=2", "--eval_steps=2", "--shares=1")
+    given = words(toy, folder, *more, "--max_steps=2", "--eval_steps=2", "--shares=1", "--max_examples=60")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Document, "write", lambda document, place: place / "report.html")
         assert main(given) == 0
@@ -660,7 +661,7 @@ def test_all_ways_are_run_at_equal_steps(compared_ways):
         same = {name: by_way[seed, "head"][name] for name in ("flips", "learning_rate", "share", "p_value")}
         assert {name: by_way[seed, "group:head"][name] for name in same} == same, "the same training, the same end"
         assert by_way[seed, "full"]["flips"] != by_way[seed, "group:embeddings"]["flips"]
-    assert any(run["flips"]["fixed"] > 10 for run in runs)
+    assert any(run["flips"]["fixed"] > 5 for run in runs)
     report = BaselinesReport.from_json((folder / "report.json").read_text())
     assert (
         report.seeds == [0, 1]

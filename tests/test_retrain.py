@@ -1,6 +1,5 @@
 """What is frozen stays frozen, what is taught is what was asked for, and the loss is the one that is written down."""
 
-import gc
 from dataclasses import replace
 
 import numpy as np
@@ -34,13 +33,7 @@ from tests import repairable
 OTHERS = ("adamw_torch", "sgd", "adagrad", "rmsprop", "adafactor")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def nothing_to_collect():
-    """A Trainer collects garbage after each run; without this it looks at all that was imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_trainers")
 
 
 def held_digits(evaluated, count=60, start=0):
@@ -82,7 +75,7 @@ def reading(_reading):
 def writing():
     """A language model and a split."""
     evaluated = repairable.language()
-    return evaluated, repairable.held(evaluated, repairable.letters(12, seed=1), "causal_lm", block_size=12)
+    return evaluated, repairable.held(evaluated, repairable.letters(12, seed=1), "causal_lm", block_size=10)
 
 
 def names_of(evaluated, *groups):
