@@ -154,7 +154,7 @@ def test_what_does_not_gain_is_rolled_back(toy, tmp_path, capsys):
 def test_where_nothing_is_gained_on_validation_the_old_weights_are_kept(toy, tmp_path):
     assert main(words(toy, tmp_path, "--layers=head", "--optim=sgd", "--learning_rate=1e-12")) == 3
     report = repairable.record(tmp_path)
-    assert report["share"] == 0 or report["verification"]["flips"]["fixed"] == 0
+    assert report["share"] == 0 and report["decision"]["reasons"][0] == repair.UNCHANGED
     assert not (tmp_path / "model").exists()
 
 
@@ -201,9 +201,7 @@ def one_model(monkeypatch):
     monkeypatch.setattr(repair, "settings_of", lambda given: plain({**given, "no_random": True}))
 
 
-@pytest.mark.parametrize(
-    "rule", [["--top=1"], ["--cumulative=0.9"], ["--budget=0.5", "--score=raw"]], ids=lambda one: one[0]
-)
+@pytest.mark.parametrize("rule", [["--top=1"], ["--budget=0.5", "--score=raw"]], ids=lambda one: one[0])
 def test_the_rule_of_the_diagnosis_says_what_trains(rule, toy, tmp_path, one_model):
     status = main(words(toy, tmp_path, "--learning_rate=0.01", "--max_steps=4", *rule))
     report, diagnosis = repairable.record(tmp_path), repairable.record(tmp_path / "diagnosis")
@@ -225,13 +223,9 @@ def test_the_rule_of_the_diagnosis_says_what_trains(rule, toy, tmp_path, one_mod
             ["--optim=sgd", "--optim_args=momentum=0.9", "--learning_rate=0.05", "--momentum_schedule=hybrid"],
             "momentum schedule hybrid",
         ),
-        (
-            ["--optim=critical_sgd", "--optim_args=law=critical_nesterov", "--learning_rate=0.2"],
-            "critical_sgd, learning rate 0.2",
-        ),
         (["--optim=critical_sgd", "--learning_rate=0.2", "--distill=0.5"], "weight 0.5"),
     ],
-    ids=["tam", "schedule", "law", "distill"],
+    ids=["tam", "schedule", "distill"],
 )
 def test_any_optimizer_schedule_and_pull(more, said, toy, tmp_path):
     assert main(words(toy, tmp_path, "--layers=head", *more)) == 0
