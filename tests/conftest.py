@@ -1,5 +1,6 @@
 """Fixtures shared by all tests; nothing here reaches a network."""
 
+import gc
 import json
 import os
 from collections.abc import Sequence
@@ -16,6 +17,14 @@ import torch
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def quick_trainers():
+    """Without the Trainer's garbage collection after each run, which takes longer than a tiny run itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "collect", lambda *_: 0)
+        yield
 
 
 # Few and related sentences: the gradients of successive batches then correlate, and a cosine has something to see.

@@ -151,11 +151,11 @@ def language() -> Evaluated:
 
 
 def letters(count: int, seed: int) -> list[dict]:
-    """Texts without spaces in which mostly the next letter of the alphabet follows."""
+    """Numbered texts in which mostly the next letter of the alphabet follows."""
     generator, found = np.random.default_rng(seed), []
-    for _ in range(count):
+    for number in range(count):
         places = np.cumsum(np.where(generator.random(20) < 0.8, 1, generator.integers(26, size=20))) % 26
-        found.append({"text": "".join(chr(97 + place) for place in places)})
+        found.append({"text": f"{seed}{number:02} " + "".join(chr(97 + place) for place in places)})
     return found
 
 

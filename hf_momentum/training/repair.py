@@ -30,6 +30,7 @@ from hf_momentum.evaluation.suite import CLASSIFIERS, Suite, SuiteSplit
 from hf_momentum.evaluation.writing import write_whole
 from hf_momentum.training.arguments import MomentumTrainingArguments
 from hf_momentum.training.checkpoints import last_complete
+from hf_momentum.training.diagnose import check as check_diagnosis
 from hf_momentum.training.diagnose import diagnosed, facts_of, settings_of, split_of
 from hf_momentum.training.evaluated import Evaluated, find_device, load_evaluated
 from hf_momentum.training.examples import examples_of
@@ -217,6 +218,7 @@ def check(plan: Plan) -> None:
     """
     if launched_processes() > 1:
         raise InputError("a repair runs in one process; start it without a launcher")
+    check_diagnosis(plan.settings)
     if (plan.validation is None) != (plan.test is None):
         lacking = "validation" if plan.validation is None else "test"
         raise InputError(f"give --{lacking}, too, or neither: then --cut makes three parts of the data")
