@@ -181,19 +181,19 @@ def _compare(
 ) -> Compared:
     """Both gradients, of samples that are known."""
     loss = _LOSSES[settings.data.task]
-    gradients = [
-        ready.collect(
+    errors, right = (
+        _collected(
+            ready,
             examples,
-            sample.indices,
+            sample,
             unit_size(len(sample.indices), settings.batch_size),
             lambda logits, targets, own, masks=sample.masks: loss(logits, targets, [masks.get(i) for i in own]),
             settings.seed,
         )
         for examples, sample in (wrong, good)
-        if len(sample.indices)
-    ]
-    numel = [group.numel for group in ready.groups]
-    return compare(gradients[0], gradients[1] if len(gradients) > 1 else None, numel, settings.seed)
+    )
+    assert errors is not None  # without errors nothing is compared
+    return compare(errors, right, [group.numel for group in ready.groups], settings.seed)
 
 
 def unit_size(examples: int, batch_size: int) -> int:
