@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from accelerate.utils import DistributedType
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -226,8 +226,12 @@ def _deltas(model: Any, names: Sequence[str]) -> dict[int, Tensor]:
         module = model.get_submodule(holder) if holder else None
         weight = model.get_parameter(name)
         found[row] = torch.zeros_like(weight)
+        if isinstance(module, ParamWrapper):
+            raise InputError(
+                f"lora_weights delta cannot be used with adapters of a single parameter, {name}; take base"
+            )
         if isinstance(module, LoraLayer) and what == "weight":
             for adapter in module.active_adapters:
-                if adapter in module.lora_A:
+                if adapter in module.r:  # those of embeddings are not in lora_A
                     found[row] += module.get_delta_weight(adapter).detach()
     return found

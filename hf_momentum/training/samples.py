@@ -183,7 +183,7 @@ def _compare(
 ) -> Compared:
     """Both gradients, of samples that are known."""
     loss = _LOSSES[settings.data.task]
-    gradients = [
+    errors, right = (
         _collected(
             ready,
             examples,
@@ -193,11 +193,9 @@ def _compare(
             settings.seed,
         )
         for examples, sample in (wrong, good)
-        if len(sample.indices)
-    ]
-    assert gradients[0] is not None, "without errors nothing is compared"
-    numel = [group.numel for group in ready.groups]
-    return compare(gradients[0], gradients[1] if len(gradients) > 1 else None, numel, settings.seed)
+    )
+    assert errors is not None  # without errors nothing is compared
+    return compare(errors, right, [group.numel for group in ready.groups], settings.seed)
 
 
 def unit_size(examples: int, batch_size: int, processes: int = 1) -> int:
