@@ -212,7 +212,7 @@ def test_the_scores_are_those_of_one_process(layout, label, launched, single):
         # Two processes have the stretches of one, unless there are too few examples for that.
         if processes == 2 and "few" not in label:
             assert here["errors"]["units"] == there["errors"]["units"] > UNITS
-            assert here["right"]["units"] == there["right"]["units"] > UNITS
+            assert here["right"]["units"] == there["right"]["units"] >= UNITS
             assert differences[1] <= SKETCHED
             assert here["first"] == pytest.approx(there["first"], abs=FIRST)
             for sample in ("errors", "right"):
