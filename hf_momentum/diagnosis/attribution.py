@@ -20,6 +20,7 @@ linear in g as long as no sign changes; its spread is that of sum sign(w g) w g_
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -119,11 +120,9 @@ def collect(
     pieces = gradients.pieces(lambda holder: False)
     sketches, counts = stretches.finish(pieces)
     table = torch.zeros(sum(layout.counts), 3, dtype=torch.float64)
-    signed: dict[ProcessGroup | None, Tensor] = {}
     for piece in pieces:
-        here = _weights_of(piece, weights)
-        table[piece.row] += _sums(piece.grad, here).cpu()
-        stretches.sketch(piece, here * torch.sign(here * piece.grad), signed)
+        table[piece.row] += _sums(piece.grad, _weights_of(piece, weights)).cpu()
+    signed = stretches.sketches((piece, _pull(piece.grad, _weights_of(piece, weights))) for piece in pieces)
     gradients.drop()
     squares, norms, products = _by_group(layout.totals(table), group_of, groups).T.numpy()
     width = stretches.sketcher.width
@@ -144,6 +143,11 @@ def _weights_of(piece: GradientPiece, weights: Mapping[int, Tensor] | None) -> T
     if weights is not None and piece.row in weights:
         return weights[piece.row].detach().reshape(piece.grad.shape).to(piece.grad.dtype)
     return piece.piece.of(piece.holder.detach()).reshape(piece.grad.shape).to(piece.grad.dtype)
+
+
+def _pull(grad: Tensor, weight: Tensor) -> Tensor:
+    """The derivative of sum |w G| with respect to G."""
+    return weight * torch.sign(weight * grad)
 
 
 def _sums(grad: Tensor, weight: Tensor) -> Tensor:
@@ -189,9 +193,7 @@ class _Stretches:
             self._every *= 2
 
     def _close(self, pieces: Sequence[GradientPiece]) -> None:
-        now: dict[ProcessGroup | None, Tensor] = {}
-        for piece in pieces:
-            self.sketch(piece, piece.grad, now)
+        now = self.sketches((piece, piece.grad) for piece in pieces)
         if self._counted:
             # The sketch is linear: of a stretch it is the difference.
             self._parts.append({owner: part - self._before.get(owner, 0.0) for owner, part in now.items()})
@@ -210,13 +212,15 @@ class _Stretches:
             self._counts,
         )
 
-    def sketch(self, piece: GradientPiece, values: Tensor, into: dict[ProcessGroup | None, Tensor]) -> None:
-        """Add the sketch of a piece to those of its group."""
-        owner = self.owners.get(piece.row)
-        if owner not in into:
-            into[owner] = torch.zeros(self.groups, self.sketcher.width, dtype=torch.float64)
-        found = self.sketcher.of(values, key=piece.row, offset=_offset(piece))
-        into[owner][self.group_of[piece.row]] += found.to("cpu", torch.float64)
+    def sketches(self, values: Iterable[tuple[GradientPiece, Tensor]]) -> dict[ProcessGroup | None, Tensor]:
+        """`[groups, width]` of each owner: the sketches of what lies at some pieces."""
+        found = {}
+        pieces = ((self.owners.get(piece.row), piece, value) for piece, value in values)
+        for owner, own in groupby(pieces, key=lambda entry: entry[0]):
+            entries = ((value, piece.row, _offset(piece), self.group_of[piece.row]) for _, piece, value in own)
+            part = self.sketcher.by_group(entries, self.groups)
+            found[owner] = found[owner] + part if owner in found else part
+        return found
 
 
 def _offset(piece: GradientPiece) -> int:

@@ -12,7 +12,7 @@ and for a chunk of 261 376 numbers only 258 are kept.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,12 @@ from torch import Tensor
 from hf_momentum.errors import InputError
 
 _CHUNKS_AT_ONCE = {"cpu": 1, "cuda": 64}  # one chunk stays in a core's cache; on a GPU 64 fill it, in 64 MB
+_FEW_ROWS = 64  # of a piece that is put together with others: less time goes into its numbers than into the calls
+_ROWS_AT_ONCE = 1024
+
+# For pieces that are put together: signs of all their rows, the piece of each row, the order of each piece's sums, and
+# the zeros before and after each piece.
+_Plan = tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]
 
 
 class SignSketch:
@@ -32,7 +38,8 @@ class SignSketch:
     few chunks; so `width` is a prime that no model has as a size. Sketches of one seed, width and rows can be
     added and compared, also when they come from different devices or processes.
 
-    What is fixed is drawn once and kept: the matrix for each device, and the few numbers of each chunk.
+    What is fixed is drawn once and kept: the matrix for each device, the few numbers of each chunk, and the
+    signs of small pieces that are put together.
 
     Args:
         width: how many numbers a sketch has; a prime.
@@ -57,6 +64,7 @@ class SignSketch:
         self.width, self.rows, self.seed = width, rows, seed
         self._matrices: dict[torch.device, Tensor] = {}
         self._draws: dict[tuple[int, int, int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+        self._plans: dict[tuple[tuple[tuple[int, int, int], ...], torch.device], _Plan] = {}
 
     def of(self, piece: Tensor, key: int, offset: int = 0) -> Tensor:
         """The sketch of a tensor, or of a piece of it that is contiguous in the flattened tensor.
@@ -102,6 +110,72 @@ class SignSketch:
         if not sketches:
             raise InputError("of_all needs at least one tensor to sketch")
         return torch.stack(sketches).sum(0)
+
+    def by_group(self, pieces: Iterable[tuple[Tensor, int, int, int]], groups: int) -> Tensor:
+        """The sketches of many pieces, added up by group: what `of` gives, in fewer operations where they are small.
+
+        Args:
+            pieces: piece, key, offset as for `of`, and the number of the group; taken one by one, so that a generator
+                need not have all of them at once. All on one device.
+            groups: how many there are.
+
+        Returns:
+            `[groups, width]`, float64, on the CPU.
+
+        Example:
+            >>> sketch, gradient = SignSketch(width=11), torch.ones(2, 3)
+            >>> found = sketch.by_group([(gradient, 0, 0, 1), (gradient, 1, 0, 1)], groups=2)
+            >>> found.shape, bool(found[0].any())
+            (torch.Size([2, 11]), False)
+        """
+        total = torch.zeros(groups, self.width, dtype=torch.float64)
+        small: list[tuple[Tensor, int, int, int]] = []
+        lines = 0
+        for piece, key, offset, group in pieces:
+            start, numel = offset % (self.rows * self.width), piece.numel()
+            needed = -(-(start % self.width + numel) // self.width)
+            if needed > _FEW_ROWS or start + numel > self.rows * self.width:
+                total[group] += self.of(piece, key, offset).to("cpu", torch.float64)
+            elif numel:
+                small.append((piece.detach().reshape(-1), key, offset, group))
+                lines += needed
+            if lines >= _ROWS_AT_ONCE:
+                self._add_small(small, total)
+                small, lines = [], 0
+        if small:
+            self._add_small(small, total)
+        return total
+
+    def _add_small(self, small: Sequence[tuple[Tensor, int, int, int]], total: Tensor) -> None:
+        """Pieces of a few rows each, padded to whole rows, as one matrix."""
+        device = small[0][0].device
+        plan = tuple((key, offset, flat.numel()) for flat, key, offset, _ in small)
+        if (plan, device) not in self._plans:
+            self._plans[plan, device] = self._plan(plan, device)
+        signs, piece_of, places, pads = self._plans[plan, device]
+        padded = torch.cat(
+            [part for (flat, *_), (before, after) in zip(small, pads, strict=True) for part in (before, flat, after)]
+        )
+        products = padded.view(signs.shape) * signs
+        sums = products.new_zeros(places.shape).index_add_(0, piece_of, products)
+        found = sums.gather(1, places).to("cpu", torch.float64)
+        total.index_add_(0, torch.tensor([group for *_, group in small]), found)
+
+    def _plan(self, pieces: Sequence[tuple[int, int, int]], device: torch.device) -> _Plan:
+        size = self.rows * self.width
+        signs, places, pads, counts = [], [], [], []
+        for key, offset, numel in pieces:
+            start = offset % size
+            first, behind = start // self.width, -((start + numel) // -self.width)
+            chunk = offset // size
+            factors, shifts, drawn = self._drawn(key, chunk, chunk + 1, device)
+            signs.append(self._matrix(device)[first:behind] * drawn[0, first:behind, None])
+            places.append((factors * torch.arange(self.width, device=device) + shifts) % self.width)
+            zeros = torch.zeros(self.width, device=device)
+            pads.append((zeros[: start - first * self.width], zeros[: behind * self.width - start - numel]))
+            counts.append(behind - first)
+        piece_of = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
+        return torch.cat(signs), piece_of, torch.cat(places), pads
 
     def _matrix(self, device: torch.device) -> Tensor:
         if device not in self._matrices:
