@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from common import TASKS, Enlarged, Examples, Lab, Setting, arguments, enlarged, fitted, laboratory, tuning_facts
+from common import TASKS, Enlarged, Examples, Lab, Setting, Size, arguments, enlarged, fitted, laboratory, tuning_facts
 from page import Program, keep
 from rows import Row, means, versus
 
 from hf_momentum import InputError
 from hf_momentum.diagnosis.choice import Rule, choose
 from hf_momentum.diagnosis.overlap import overlap, spearman
-from hf_momentum.diagnosis.results import SCORES
+from hf_momentum.diagnosis.results import SCORES, Compared
 from hf_momentum.evaluation.suite import SuiteSplit, Task
 from hf_momentum.training import examples as packaged
 from hf_momentum.training.evaluated import Evaluated, untrained
@@ -50,6 +50,19 @@ def pictures(given: Examples) -> packaged.Examples:
     )
 
 
+def sized(lab: Lab) -> Size:
+    """The ResNet's size.
+
+    Raises:
+        InputError: of another task than the digits.
+    """
+    if lab.size.task != "digits":
+        raise InputError(
+            f"--size {lab.size.name} is of {lab.size.task}, and layers are looked at on digits; take small"
+        )
+    return replace(lab.size, model="resnet", seeds=min(SEEDS, lab.size.seeds))
+
+
 def image_model(net: Enlarged) -> Evaluated:
     """The network inside, in evaluation mode."""
     return Evaluated("", net.model.eval(), None)
@@ -68,21 +81,27 @@ def diagnosed(
     found = attribute(evaluated, data, settings)
     if found.compared is None:
         raise InputError(f"seed {seed}: none of {found.looked_at} is wrong, so there is nothing to diagnose")
-    compared = found.compared
-    # A model that guesses one class has no right examples of the classes of its errors. Then raw is what ranks.
-    by_errors = {score: compared.values(score) for score in SCORES}
-    views = {"errors": {"contrast": compared.values("contrast") if compared.right else by_errors["raw"], **by_errors}}
-    if compared.right is not None:
-        views["right"] = {score: [one.value for one in compared.right.scores[score]] for score in SCORES}
+    views = {"errors": _ranking(found.compared)}
+    if found.compared.right is not None:
+        views["right"] = {score: [one.value for one in found.compared.right.scores[score]] for score in SCORES}
     if random:
-        scored = scores_of(untrained(evaluated, task, seed + OTHER_SEED), data, settings, found)
-        views["random"] = {score: scored.values(score) for score in ALL_SCORES}
+        other = untrained(evaluated, task, seed + OTHER_SEED)
+        views["random"] = _ranking(scores_of(other, data, settings, found))
     groups = [group.name for group in found.groups]
     return {"wrong": found.errors, "looked at": found.looked_at, "groups": groups, "scores": views}
 
 
+def _ranking(compared: Compared) -> dict[str, list[float]]:
+    """All scores of the errors. Without a right example of the classes that are wrong there is no contrast; then raw
+    stands for it, as it does in `hf-momentum diagnose`."""
+    found = {score: compared.values(score) for score in SCORES}
+    return {"contrast": compared.values("contrast") if compared.right else found["raw"], **found}
+
+
 def top(found: Mapping[str, Any], view: str, score: str, count: int = TOP) -> list[str]:
-    """The groups with the largest scores."""
+    """The groups with the largest scores; none where the view is lacking."""
+    if view not in found["scores"]:
+        return []
     groups = found["groups"]
     return choose(groups, found["scores"][view][score], [1] * len(groups), Rule(top=count))
 
@@ -106,9 +125,8 @@ def run(setting: Setting, device: str = "cpu") -> dict[str, Any]:
 
 def program(lab: Lab) -> Program:
     """Tune, train, diagnose, and compare the choices."""
-    size = lab.size
-    size = replace(size, model="resnet", seeds=min(SEEDS, size.seeds), tuning_seeds=min(2, size.tuning_seeds))
-    size = replace(size, trials=min(TRIALS, size.trials))
+    size = sized(lab)
+    size = replace(size, tuning_seeds=min(2, size.tuning_seeds), trials=min(TRIALS, size.trials))
     lab = Lab(size, lab.records, lab.device, lab.say)
     candidates = {name: size.setting(method, lr, **given) for name, (method, lr, given) in CANDIDATES.items()}
     tuned = lab.tuned(candidates)

@@ -43,27 +43,20 @@ def _found(report: BaselinesReport, task: str) -> tuple[list[Row], list[str]]:
     seeds, unit = report.seeds, f"{report.unit}s"
     net = {method: [report.net(method)[seed] for seed in seeds] for method in (CHOSEN, *BASELINES)}
     opponents = {NAMES[method]: ("baseline", net[method]) for method in BASELINES}
-    rho = {name: [by_seed[seed] for seed in seeds] for name, by_seed in report.correlations.items()}
-    others = {name: ("control", values) for name, values in rho.items() if name not in _own(report)}
+    known = [seed for seed in seeds if all(seed in by_seed for by_seed in report.correlations.values())]
+    rho = {name: [by_seed[seed] for seed in known] for name, by_seed in report.correlations.items()}
+    own = {name for by_score in report.scores.values() for name in by_score}  # the others know nothing of the errors
+    others = {name: ("control", values) for name, values in rho.items() if name not in own}
+    chosen = f"the groups that the {report.score} chooses"
+    none = {"no repair": ("baseline", [0.0] * len(seeds))}
     rows = [
-        Row(f"Retraining {_chosen(report)} fixes more cases net than it breaks", task, "net gain", unit,
-            versus(net[CHOSEN], {"no repair": ("baseline", [0.0] * len(seeds))})),
-        Row(f"Retraining {_chosen(report)} gains more than other choices", task, "net gain", unit,
-            versus(net[CHOSEN], opponents)),
-        Row(f"The {report.score} foretells which layers are worth retraining", task,
-            "rank correlation over single groups", "",
-            versus(rho[report.score], {"0": ("baseline", [0.0] * len(seeds))} | others)),
+        Row(f"Retraining {chosen} fixes more cases than it breaks", task, "net gain", unit, versus(net[CHOSEN], none)),
+        Row(f"Retraining {chosen} gains more than others", task, "net gain", unit, versus(net[CHOSEN], opponents)),
+        Row(f"The {report.score} foretells which groups are worth retraining", task,
+            "rank correlation with the net gain of single groups", "in rank correlation",
+            versus(rho[report.score], {"0": ("baseline", [0.0] * len(known))} | others)),
     ]  # fmt: skip
     return rows, _facts(report, net, rho, task)
-
-
-def _own(report: BaselinesReport) -> set[str]:
-    """The scores of the errors; the other rankings know nothing of them."""
-    return {name for by_score in report.scores.values() for name in by_score}
-
-
-def _chosen(report: BaselinesReport) -> str:
-    return f"the groups with the largest {report.score}" if report.score else "the chosen groups"
 
 
 def _facts(
