@@ -1,6 +1,6 @@
 """Do errors point to the same layers, whether SGD or Adam trained the model? (arXiv 2603.28921)
 
-    python scripts/claims/layers.py     digits, half an hour on one core
+    python scripts/claims/layers.py     digits, some ten minutes on one core
 
 One ResNet, trained by SGD with momentum and by AdamW from the same first weights with the same batches, each at its
 tuned learning rate. Both are diagnosed on digits of writers that neither has seen: which 3 layer groups have the
@@ -8,6 +8,7 @@ largest scores? What the two choose in common is held against chance, and agains
 choice of a model of other, random weights on the same examples: an agreement that needs no training says nothing.
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -184,8 +185,8 @@ def _agreement(pairs: Sequence[tuple[Any, Any]], split: str, score: str, words: 
     }
     fact = (
         f"{split}, {score}: of {TOP} groups in common {means('', shown)}; all {TOP} the same in "
-        f"{sum(one == TOP for one in ours)} of {len(pairs)}; rank correlation over all groups "
-        f"{statistics.fmean(known):.2f}; most often chosen {_often(pairs, score)}"
+        f"{sum(one == TOP for one in ours)} of {len(pairs)}, by chance 1 in {math.comb(total, TOP)}; rank correlation "
+        f"over all groups {statistics.fmean(known):.2f}; most often chosen {_often(pairs, score)}"
     )
     return row, fact
 

@@ -39,7 +39,7 @@ from hf_momentum.training.retrain import Trained, gain, lessons, retrain
 from hf_momentum.training.samples import Settings
 from hf_momentum.training.suite_rows import load_rows
 
-LR = 0.05  # of SGD with momentum 0.9, what the tuning of layers.py selects
+LR = 0.05  # of SGD with momentum 0.9, near what the tuning of layers.py selects
 WORST = "noise of 1.2 std"
 FAULTS: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "noise of 0.7 std": lambda w, g: w + 0.7 * w.std() * torch.randn(w.shape, generator=g),
