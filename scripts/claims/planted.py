@@ -4,9 +4,9 @@
     python scripts/claims/planted.py --encoder FOLDER --reviews FOLDER   a text encoder fine-tuned on films
 
 One block of a trained model, another at each seed, is damaged in one of three ways. Then all layer groups are scored
-on data that were not trained on: is the damaged one first? So it is asked of the right examples alone, which know
-nothing of the errors, and of the model without the damage. For the worst noise the block is then retrained, and in
-another run all weights, with equal steps, each at the best of three learning rates on validation.
+on data that were not trained on: is the damaged one first? The same is asked of scores by right examples alone, which
+know nothing of the errors, and of the model without the damage. For the worst noise the block is then retrained, and
+in another run all weights, with equal steps, each at the best of three learning rates on validation.
 
 FOLDER of reviews holds movies_train.jsonl, movies_validation.jsonl and movies_test.jsonl, with columns text and label.
 """

@@ -36,7 +36,12 @@ NAMES = {
 
 def program(reports: Mapping[str, BaselinesReport]) -> list[Program]:
     """One for each report, by size."""
-    return [Program("repairs", size, *_found(report, TASKS[size])) for size, report in reports.items()]
+    found = []
+    for size, report in reports.items():
+        rows, facts = _found(report, TASKS[size])
+        place = REPORTS[size].name
+        found.append(Program("repairs", size, rows, [*facts, f"The whole report: [{place}]({place}/report.md)"]))
+    return found
 
 
 def _found(report: BaselinesReport, task: str) -> tuple[list[Row], list[str]]:
@@ -74,11 +79,11 @@ def _facts(
     singles = [method for method in report.methods if method.startswith(SINGLE)]
     by_group = {method.removeprefix(SINGLE): list(report.net(method).values()) for method in singles}
     return [
-        f"{task.capitalize()}. Of {cases} test cases on average: {'; '.join(shown)}",
+        f"{task}: of {cases} test cases on average: {'; '.join(shown)}",
         f"Net gain of single groups: {means('', by_group, 1)}; of the best one at each seed, known only afterwards, "
         f"{_mean(list(report.oracle.values())):.1f}",
         f"Rank correlation with the net gain of single groups: {means('', rho)}",
-        f"{task.capitalize()}: {', '.join(f'{name} {value}' for name, value in report.facts.items())}",
+        f"{task}: {', '.join(f'{name} {value}' for name, value in report.facts.items())}",
     ]
 
 
