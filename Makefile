@@ -53,8 +53,8 @@ bench-surgery: $(VENV)/base.stamp ## time and memory of a Bloop step on the CPU
 	$(OFFLINE) $(BIN)/python scripts/bench_surgery.py --memory plain mixed bloop
 
 # Finished runs are kept, so it may be stopped and started. The results go into docs/claims.md.
-claims: $(VENV)/dev.stamp ## the papers' claims put to the test at a size for one CPU core (about half an hour)
-	for claim in tam ahb critical vradam vradam_edge bloop; do \
+claims: $(VENV)/dev.stamp ## the papers' claims put to the test at a size for one CPU core (about an hour)
+	for claim in tam ahb critical vradam vradam_edge bloop layers planted repairs; do \
 		OMP_NUM_THREADS=1 $(BIN)/python scripts/claims/$$claim.py || exit 1; done
 	$(BIN)/python scripts/claims/page.py
 

@@ -13,10 +13,12 @@ import torch
 
 from hf_momentum import InputError
 from hf_momentum.evaluation.intervals import Interval
+from tests.conftest import write_rows
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "scripts" / "claims"
 NAMES = ("rows", "common", "pictures", "page", "tam", "vradam", "ahb", "critical", "vradam_edge", "bloop")
+NAMES += ("layers", "planted", "repairs")
 
 
 @pytest.fixture(scope="module")
@@ -328,6 +330,165 @@ def test_bloop(programs, tmp_path):
     assert sum(found.differences) / 3000 == pytest.approx(report["comparisons"][0]["difference"]["mean"])
 
 
+# ---- layers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few_digits(common, monkeypatch, programs):
+    """A few digits in each part, so that a diagnosis takes a moment."""
+
+    def small(seed):
+        data = common.digits(seed)
+        train, validation, test, writers = (
+            tuple(part[:count] for part in examples)
+            for examples, count in (
+                (data.train, 48),
+                (data.validation, 16),
+                (data.test, 16),
+                (data.shifted["writers"], 8),
+            )
+        )
+        return replace(data, train=train, validation=validation, test=test, shifted={"writers": writers})
+
+    for name in ("common", "layers", "planted"):
+        monkeypatch.setattr(programs[name], "TASKS", {"digits": small})
+    common._data.cache_clear()
+    yield
+    common._data.cache_clear()
+
+
+def test_layers(programs, lab, few_digits, tmp_path):
+    check(programs, programs["layers"].program(lab), tmp_path)
+    kept = [json.loads(line) for line in lab.records.path.read_text(encoding="utf-8").splitlines()]
+    runs = [one for one in kept if "program" in one["what"]]
+    assert {(one["what"]["method"], one["what"]["seed"]) for one in runs} == {
+        (method, seed) for method in ("sgd", "adamw") for seed in (0, 1)
+    }
+    assert {one["what"]["model"] for one in kept} == {"resnet"}
+    assert [len(runs[0]["result"][split]["groups"]) for split in ("blocks", "parts")] == [6, 10]
+
+
+def test_both_optimizers_begin_with_the_same_weights_and_see_the_same_batches(common, tiny, few_digits):
+    """With steps of no length only the statistics of the batches move, and those are the same."""
+    states = []
+    for method, seed in (("sgd", 0), ("adamw", 0), ("sgd", 1)):
+        setting = replace(tiny.setting(method, 1e-30, weight_decay=0.0), model="resnet", seed=seed)
+        states.append(common.fitted(setting)[0].state_dict())
+    moved = [name for name in states[0] if name.endswith("running_mean")]
+    assert moved and all(states[0][name].any() for name in moved)
+    assert all(torch.allclose(states[0][name], states[1][name], atol=1e-20) for name in states[0])
+    assert not any(torch.allclose(states[0][name], states[2][name]) for name in moved)
+
+
+GROUPS = ["embeddings", "block.0", "block.1", "block.2", "block.3", "head"]
+
+
+def diagnosis(errors, right=None, random=None, wrong=30):
+    """What a diagnosis says whose scores are these, whatever they are called."""
+    views = {"errors": errors, "right": right or errors, "random": random or errors}
+    scores = {
+        view: {score: values for score in ("contrast", "raw", "rms", "relative", "taylor")}
+        for view, values in views.items()
+    }
+    return {"wrong": wrong, "looked at": 600, "groups": GROUPS, "scores": scores}
+
+
+def test_an_agreement_that_random_weights_share_does_not_hold(programs):
+    early, late = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    said = []
+    for sgd, adam, random in ((early, early, late), (early, early, early), (early, late, early)):
+        pairs = [(diagnosis(sgd, random=random), diagnosis(adam, random=random))] * 10
+        row, fact = programs["layers"]._agreement(pairs, "blocks", "raw", "digits")
+        said.append((programs["rows"].verdict(programs["rows"].judged([row])[0]), fact))
+    assert [verdict for verdict, _ in said] == ["holds", "no significant difference", "does not hold"]
+    assert "both 3.00, chance 1.50" in said[0][1] and "all 3 the same in 10 of 10" in said[0][1]
+    assert "both 0.00, chance 1.50" in said[2][1] and "rank correlation over all groups -1.00" in said[2][1]
+
+
+def test_planted(programs, lab, few_digits, tmp_path, monkeypatch):
+    monkeypatch.setitem(programs["planted"].REPAIRS, "image_classification", ((0.1,), 2))
+    program = programs["planted"].program(lab)
+    rows = [row for row in program.rows if "restores" not in row.claim]  # after 4 steps there may be nothing to lose
+    check(programs, replace(program, rows=rows), tmp_path)
+    kept = [json.loads(line)["result"] for line in lab.records.path.read_text(encoding="utf-8").splitlines()]
+    assert [one["group"] for one in kept] == ["block.0", "block.1"]
+    for one in kept:
+        wrong = [one["found"][fault]["scores"]["errors"]["raw"] for fault in ("", *programs["planted"].FAULTS)]
+        assert len({tuple(values) for values in wrong}) == 4, "every fault changes the model, and none is left in it"
+        part, whole = one["mended"].values()
+        assert 0 < part["parameters"] < whole["parameters"] == 143_978
+
+
+@pytest.mark.slow
+def test_planted_in_texts(programs, lab, tmp_path, monkeypatch):
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "it", "is"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    BertForSequenceClassification(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(tmp_path / "tiny")
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "tiny")
+    for part in ("train", "validation", "test"):
+        rows = [{"text": f"{words[5 + n % 2]} film {'it is ' * (n % 3)}", "label": n % 2} for n in range(60)]
+        write_rows(tmp_path / f"movies_{part}.jsonl", rows)
+    monkeypatch.setitem(programs["planted"].REPAIRS, "sequence_classification", ((1e-3,), 2))
+    given = programs["planted"].Texts(steps=3, batch=8, held=24, taught=24, validation=24, test=24)
+    program = programs["planted"].text_program(lab, tmp_path / "tiny", tmp_path, 2, given)
+    rows = [row for row in program.rows if "restores" not in row.claim]
+    check(programs, replace(program, rows=rows), tmp_path)
+    kept = [json.loads(line)["result"] for line in lab.records.path.read_text(encoding="utf-8").splitlines()]
+    assert [one["group"] for one in kept] == ["block.0", "block.1"]
+    assert kept[0]["found"][""]["groups"] == ["embeddings", "block.0", "block.1", "pooler", "head"]
+
+
+def test_a_score_that_finds_the_planted_block_holds_only_if_it_knows_of_the_errors(programs):
+    planted = programs["planted"]
+    first, other = [1.0, 9.0, 2.0, 3.0, 4.0, 5.0], [9.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+
+    def said(errors, right, without):
+        repair = {"accuracy": 0.89, "fixed": 9, "broken": 1, "rate": 0.1, "parameters": 5}
+        run = {
+            "group": "block.0",
+            "found": {"": diagnosis(without), **{fault: diagnosis(errors, right) for fault in planted.FAULTS}},
+            "accuracy": {"before": 0.9, "damaged": 0.5},
+            "mended": {planted.PLANTED: repair, planted.FULL: {**repair, "accuracy": 0.8, "broken": 4}},
+        }
+        rows, facts = planted.rows_of([run] * 10, "digits")
+        assert "of 10 seeds: by errors contrast" in facts[0]
+        return [programs["rows"].verdict(one) for one in programs["rows"].judged(rows)]
+
+    assert said(first, other, other) == ["holds"] * 5
+    assert said(first, first, other)[:3] == ["no significant difference"] * 3
+    assert said(first, other, first)[:3] == ["no significant difference"] * 3
+    assert said(other, other, other)[:3] == ["does not hold"] * 3
+
+
+def test_faults_do_what_their_names_say(programs):
+    weight = torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
+    faults = {
+        name: fault(weight, torch.Generator().manual_seed(1)) for name, fault in programs["planted"].FAULTS.items()
+    }
+    for name, share in (("noise of 0.7 std", 0.7), ("noise of 1.2 std", 1.2)):
+        assert (faults[name] - weight).std().item() == pytest.approx(share * weight.std().item(), rel=0.05)
+    rows = faults["rows permuted"]
+    assert not torch.equal(rows, weight) and torch.equal(rows.sort(0).values, weight.sort(0).values)
+    assert {tuple(row.tolist()) for row in rows} == {tuple(row.tolist()) for row in weight}
+
+
+def test_repairs(programs, tmp_path):
+    repairs = programs["repairs"]
+    report = repairs.BaselinesReport.from_json((repairs.REPORTS["small"] / "report.json").read_text(encoding="utf-8"))
+    (program,) = repairs.program({"small": report})
+    check(programs, program, tmp_path, seeds=5)
+    gains, against, foretold = program.rows
+    nets = [run.flips.net for run in report.runs if run.method == "chosen"]
+    assert list(gains.comparisons[0].differences) == nets
+    full = [run.flips.net for run in report.runs if run.method == "full"]
+    assert list(against.comparisons[0].differences) == [a - b for a, b in zip(nets, full, strict=True)]
+    assert len(against.comparisons) == 4
+    assert foretold.comparisons[0].differences == tuple(report.correlations["contrast"].values())
+
+
 def test_a_killed_program_repeats_only_what_had_not_finished(programs, common, lab, tiny, tmp_path, monkeypatch):
     whole = programs["tam"].program(lab)
     train, trained = common.train, []
@@ -404,5 +565,5 @@ def test_every_program_has_its_rows(programs):
     assert set(data) == set(programs["page"].ABOUT)
     for name, found in data.items():
         for row in found["small"]["rows"]:
-            least = 3 if name == "bloop" else 8
+            least = {"bloop": 3, "repairs": 5}.get(name, 8)
             assert all(len(one["differences"]) >= least for one in row["comparisons"])

@@ -49,7 +49,7 @@ class Setting:
 
     Attributes:
         task: `digits` or `cifar10`.
-        model: `cnn`, `mlp` or `resnet18`.
+        model: `cnn`, `mlp`, `resnet` or `resnet18`.
         method: a key of METHODS.
         options: keyword arguments of the optimizer beside lr.
         lr: the peak of the schedule: linear over the first WARM_UP of the steps, then a cosine to 0.
@@ -259,7 +259,45 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
-MODELS: Mapping[str, Callable[[], nn.Module]] = {"cnn": cnn, "mlp": mlp, "resnet18": resnet18}
+class Enlarged(nn.Module):
+    """A classifier of transformers for small images, which it sees as `enlarged` makes them; gives logits."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Its logits."""
+        logits: Tensor = self.model(pixel_values=enlarged(x)).logits
+        return logits
+
+
+def enlarged(images: Tensor) -> Tensor:
+    """Images as 32 x 32 pixels, bilinear.
+
+    Example:
+        >>> enlarged(torch.rand(2, 1, 8, 8)).shape
+        torch.Size([2, 1, 32, 32])
+    """
+    return functional.interpolate(images, (32, 32), mode="bilinear", align_corners=False)
+
+
+def resnet() -> nn.Module:
+    """The ResNet of transformers for digits, four stages of two basic layers: 144 thousand weights."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(
+        num_channels=1,
+        embedding_size=16,
+        hidden_sizes=[16, 24, 32, 48],
+        depths=[2, 2, 2, 2],
+        layer_type="basic",
+        num_labels=10,
+    )
+    return Enlarged(ResNetForImageClassification(config))
+
+
+MODELS: Mapping[str, Callable[[], nn.Module]] = {"cnn": cnn, "mlp": mlp, "resnet": resnet, "resnet18": resnet18}
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
@@ -285,7 +323,12 @@ def rate(setting: Setting, step: int) -> float:
 
 
 def train(setting: Setting, device: str = "cpu") -> dict[str, Any]:
-    """One run from scratch: scores at the end of the schedule, the optimizer's inner quantities, accuracy on the way.
+    """One run from scratch: scores at the end of it, the optimizer's inner quantities, accuracy on the way."""
+    return fitted(setting, device)[1]
+
+
+def fitted(setting: Setting, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+    """The same, with the trained network. Runs of one seed have the same first weights and the same batches.
 
     A run whose loss is no longer finite counts as a model that guesses: accuracy 1 / classes, loss log(classes).
     """
@@ -336,7 +379,7 @@ def train(setting: Setting, device: str = "cpu") -> dict[str, Any]:
         gain = 1 / (1 - inner["beta"])
     elif "effective_lr" in seen:
         gain = sum(seen["effective_lr"]) / sum(seen["lr"])
-    return {"diverged": diverged, "scores": final, "dynamics": inner, "gain": gain, "curve": curve}
+    return net, {"diverged": diverged, "scores": final, "dynamics": inner, "gain": gain, "curve": curve}
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -504,12 +547,17 @@ def tuning_facts(tuned: Mapping[str, Tuned]) -> list[str]:
 
 def arguments(name: str, given: Sequence[str] | None) -> argparse.Namespace:
     """The command line, which is the same for all programs."""
-    parser = argparse.ArgumentParser(prog=f"scripts/claims/{name}.py")
-    parser.add_argument("--size", choices=tuple(SIZES), default="small", help="gpu: CIFAR-10 with ResNet-18")
-    parser.add_argument("--device", default=None, help="default: cuda where it is, for --size gpu; else cpu")
-    parser.add_argument("--records", type=Path, default=ROOT / "outputs" / "claims", help="folder of finished runs")
-    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "claims.json", help="where the rows go")
-    return parser.parse_args(given)
+    return parser(name).parse_args(given)
+
+
+def parser(name: str) -> argparse.ArgumentParser:
+    """The same for a program that adds words of its own."""
+    found = argparse.ArgumentParser(prog=f"scripts/claims/{name}.py")
+    found.add_argument("--size", choices=tuple(SIZES), default="small", help="gpu: CIFAR-10 with ResNet-18")
+    found.add_argument("--device", default=None, help="default: cuda where it is, for --size gpu; else cpu")
+    found.add_argument("--records", type=Path, default=ROOT / "outputs" / "claims", help="folder of finished runs")
+    found.add_argument("--json", type=Path, default=ROOT / "docs" / "claims.json", help="where the rows go")
+    return found
 
 
 def laboratory(name: str, args: argparse.Namespace) -> Lab:
