@@ -8,7 +8,7 @@ PIP    := DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-vers
 # Nothing here needs the network after installation; the Hub client must not wait for it.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-all matrix matrix-bloop bench-surgery bench bench-training claims curves style format clean help
+.PHONY: quickstart test test-all matrix matrix-bloop bench-surgery bench-diagnosis bench bench-training claims curves style format clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -51,6 +51,12 @@ matrix-bloop: $(VENV)/dev.stamp ## Bloop and its baselines under every layout ag
 bench-surgery: $(VENV)/base.stamp ## time and memory of a Bloop step on the CPU
 	$(OFFLINE) $(BIN)/python scripts/bench_surgery.py --output docs/performance_surgery.json
 	$(OFFLINE) $(BIN)/python scripts/bench_surgery.py --memory plain mixed bloop
+
+# The results go into docs/performance.md. An encoder that is here already: make bench-diagnosis ENCODER=PLACE
+bench-diagnosis: $(VENV)/base.stamp ## time and memory of a diagnosis on the CPU
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python scripts/bench_diagnosis.py $(if $(ENCODER),--encoder $(ENCODER)) \
+		--output docs/performance_diagnosis.json
+	$(BIN)/python scripts/bench_table.py
 
 # Finished runs are kept, so it may be stopped and started. The results go into docs/claims.md.
 claims: $(VENV)/dev.stamp ## the papers' claims put to the test at a size for one CPU core (about an hour)

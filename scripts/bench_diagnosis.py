@@ -132,7 +132,11 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 
 def timed(model: Any, length: int, count: int, rounds: int) -> dict[str, Any]:
-    """Ratios of the attribution, and of predictions, to plain passes over as many examples."""
+    """Ratios of the attribution, and of predictions, to plain passes over as many examples.
+
+    Of a whole diagnosis: predictions of all, then the attribution of the errors and as many right ones, for the model
+    and for the one with random weights.
+    """
     groups = layer_groups(model)
     with differentiable(Evaluated("bench", model, None), groups) as ready:
         passes = Passes(ready, examples_of(model, count, length))
@@ -159,7 +163,7 @@ def timed(model: Any, length: int, count: int, rounds: int) -> dict[str, Any]:
         "rounds": rounds,
         "attribution over plain passes": quartiles(over["attribution"]),
         "predictions over plain passes": quartiles(over["forward"]),
-        f"whole diagnosis at accuracy {ACCURACY:g}, in plain passes over all examples": quartiles(whole),
+        "whole diagnosis": quartiles(whole),
     }
 
 
@@ -198,20 +202,17 @@ class Live(TorchDispatchMode):
 
 
 def memory(model: Any, length: int, counts: Sequence[int]) -> dict[str, Any]:
-    """Peak bytes while the gradient of one sample is collected, over the bytes of one gradient; micro-batches of one.
-
-    Half of a micro-batch of 16 is the activations' share, which would hide the rest.
-    """
+    """Peak bytes while the gradient of one sample is collected, by its number of examples; micro-batches of one."""
     groups = layer_groups(model)
     weights = sum(group.numel for group in groups) * 4
-    found: dict[str, Any] = {"gradient, bytes": weights}
+    peaks: dict[str, int] = {}
     with differentiable(Evaluated("bench", model, None), groups) as ready:
         for count in counts:
             passes = Passes(ready, examples_of(model, count, length))
             with Live() as live:
                 ready.collect(passes.examples, range(count), 1, passes.loss, 0)
-            found[f"{count} examples, peak bytes"] = live.peak
-    return found
+            peaks[str(count)] = live.peak
+    return {"gradient bytes": weights, "peak bytes": peaks}
 
 
 def main() -> None:
@@ -229,6 +230,7 @@ def main() -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "target": TARGET,
+        "accuracy": ACCURACY,
     }
     for name in known.models:
         model = model_of(name, known.encoder)
@@ -240,8 +242,8 @@ def main() -> None:
         if known.memory and name != "minilm":
             found[name]["memory"] = memory(model, LENGTHS[name], known.memory)
         print(name, json.dumps(found[name], indent=1), flush=True)
-    if known.output:
-        known.output.write_text(json.dumps(found, indent=1) + "\n")
+        if known.output:
+            known.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

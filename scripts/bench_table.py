@@ -58,14 +58,24 @@ PLACES = (
     ("GPU, LoRA", "cuda", "lora"),
 )
 
+# Models of the table of diagnoses.
+DIAGNOSED = {
+    "tiny": "tiny encoder, {parameters:.1f}M",
+    "minilm": "MiniLM, {parameters:.1f}M",
+    "quickstart": "quickstart's Llama, {parameters:.1f}M",
+}
+
 INT8_BYTES = 1.1  # the aim, with whatever scales need
 
 Results = Mapping[str, Mapping[str, Any]]
 
 
 def load(docs: Path = DOCS) -> dict[str, dict[str, Any]]:
-    """The results that are there, by name: `cpu`, `cuda`, `training_cpu`, `training_cuda` and `curves`."""
-    files = {name: docs / f"performance_{name}.json" for name in ("cpu", "cuda", "training_cpu", "training_cuda")}
+    """The results that are there, by name: `cpu`, `cuda`, `training_cpu`, `training_cuda`, `diagnosis` and `curves`."""
+    files = {
+        name: docs / f"performance_{name}.json"
+        for name in ("cpu", "cuda", "training_cpu", "training_cuda", "diagnosis")
+    }
     files["curves"] = docs / "state_dtype_curves.json"
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
 
@@ -294,6 +304,42 @@ def curves(results: Results) -> str:
     return curves_table(results["curves"]) if "curves" in results else "Not measured yet."
 
 
+def diagnosis(results: Results) -> str:
+    """What the attribution costs over plain passes, and its peak of memory."""
+    found = results.get("diagnosis", {})
+    lines = []
+    for name, words in DIAGNOSED.items():
+        for timed in found.get(name, {}).get("times", []):
+            (middle, low, high), whole = timed["attribution over plain passes"], timed["whole diagnosis"][0]
+            verdict = "met" if middle <= found["target"] else "missed"
+            tokens = timed["micro-batch"] * found[name]["length"]
+            lines.append(
+                [
+                    words.format(parameters=found[name]["parameters"] / 1e6),
+                    f"{timed['examples']}",
+                    f"{tokens}",
+                    f"**{middle:.2f}** ({low:.2f}-{high:.2f}), aim {found['target']:.2f}: {verdict}",
+                    f"{whole:.2f}",
+                ]
+            )
+    header = ["model", "examples", "tokens in a micro-batch", "over plain passes", "whole diagnosis, passes"]
+    text = [markdown(header, lines, words=1)]
+    heavy = [(words, found[name]["memory"]) for name, words in DIAGNOSED.items() if "memory" in found.get(name, {})]
+    if heavy:
+        counts = [int(count) for count in heavy[0][1]["peak bytes"]]
+        header = ["model", "one gradient, MB", *(f"peak, {count} examples, MB" for count in counts)]
+        lines = [
+            [
+                words.partition(",")[0],
+                f"{memory['gradient bytes'] / 1e6:.2f}",
+                *(f"{peak / 1e6:.3f}" for peak in memory["peak bytes"].values()),
+            ]
+            for words, memory in heavy
+        ]
+        text.append(markdown(header, lines, words=1))
+    return "\n\n".join(text)
+
+
 TABLES = {
     "machines": machines,
     "steps": steps,
@@ -305,6 +351,7 @@ TABLES = {
     "scaling": scaling,
     "training": training,
     "curves": curves,
+    "diagnosis": diagnosis,
 }
 
 

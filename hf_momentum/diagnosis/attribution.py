@@ -268,11 +268,15 @@ def attribution(found: Gradients, numel: Sequence[int], seed: int = 0) -> Attrib
         >>> attribution(one, [4]).scores["rms"][0].value
         0.25
     """
+    return _scored(found, numel, _resampled(found, seed))
+
+
+def _scored(found: Gradients, numel: Sequence[int], resampled: tuple[np.ndarray, np.ndarray]) -> Attribution:
     norm = np.sqrt(found.squares) / found.predictions
     size, weight = np.sqrt(np.maximum(numel, 1)), np.sqrt(found.weights)
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = np.where(weight > 0, norm / weight, 0.0)
-    spread, slope = (_spread(logs) for logs in _resampled(found, seed))
+    spread, slope = (_spread(logs) for logs in resampled)
     return Attribution(
         predictions=found.predictions,
         units=len(found.counts),
@@ -295,8 +299,8 @@ def compare(errors: Gradients, right: Gradients | None, numel: Sequence[int], se
         >>> round(compare(one, one, [4]).contrast[0].value, 6), compare(one, None, [4]).contrast
         (1.0, [])
     """
-    wrong = attribution(errors, numel, seed)
-    logs = _resampled(errors, seed)[0]
+    resampled = _resampled(errors, seed)
+    wrong, logs = _scored(errors, numel, resampled), resampled[0]
     if right is None:
         return Compared(wrong, None, [], _first(np.array([one.value for one in wrong.scores["raw"]]), logs))
     good = attribution(right, numel, seed)
