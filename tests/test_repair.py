@@ -413,8 +413,8 @@ def test_nothing_of_the_test_split_is_in_the_weights_and_validation_chooses(toy,
 
 # ---- a repair that dies ----------------------------------------------------------------------------------------------
 
-# Dropout draws, batches are drawn, the replay is drawn, and the best is not the last.
-LONG = ["--layers=block.1,head", "--optim=adatamw", "--learning_rate=0.01", "--max_steps=12", "--eval_steps=2"]
+# Dropout draws, batches are drawn, the replay is drawn, the best is not the last, and the last step ends no epoch.
+LONG = ["--layers=block.1,head", "--optim=adatamw", "--learning_rate=0.01", "--max_steps=11", "--eval_steps=2"]
 LONG += ["--patience=0", "--seed=3", "--distill=0.3"]
 
 
@@ -455,7 +455,7 @@ def undisturbed(toy, tmp_path_factory):
         ("step 7", []),
         ("step 7", ["--layers=block.1", "--lora_r=2"]),
         ("verification", []),
-        ("verification", ["--patience=1", "--eval_steps=4"]),
+        ("verification", ["--patience=1", "--save_steps=2"]),
     ],
     ids=["training", "adapters", "after the last step", "after patience"],
 )
@@ -477,8 +477,10 @@ def test_a_repair_that_died_goes_on_and_ends_bit_for_bit(where, more, undisturbe
     assert any(name.startswith("checkpoint-") for name in left)
     steps = counted_steps(monkeypatch)
     assert main(words(toy, tmp_path / "out", *given, "--keep_checkpoints")) == status
-    expected = {"verification": 0}.get(where, 12 - 4)
+    expected = {"verification": 0}.get(where, 11 - 4)
     assert len(steps) == expected, "it went on, and did not begin again"
+    report = repairable.record(tmp_path / "out")
+    assert (report["steps"] < 11) == ("--patience=1" in more), report["stopped"]
     assert compared(tmp_path / "out") == compared(straight)
     ends = [load_best(folder) for folder in (straight, tmp_path / "out")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
