@@ -32,7 +32,7 @@ from hf_momentum.diagnosis.diagnosis_report import DiagnosisReport
 from hf_momentum.diagnosis.groups import layer_groups, plain_name
 from hf_momentum.diagnosis.results import SCORES
 from hf_momentum.evaluation.suite import SuiteSplit
-from hf_momentum.training import job, load_recipe
+from hf_momentum.training import job, load_recipe, samples
 from hf_momentum.training.diagnose import check, diagnosed, settings_of
 from hf_momentum.training.differentiable import differentiable
 from hf_momentum.training.evaluated import Evaluated, load_evaluated, untrained
@@ -45,6 +45,12 @@ CONTEXT = 32
 ADJECTIVES = ["good", "fine", "great", "bad", "poor", "awful", "odd", "dull"]
 TEXTS = [f"{adjective} film, {number} of {number % 7 + 2}" for number, adjective in enumerate(ADJECTIVES * 4)]
 CLASSES = 3
+
+
+@pytest.fixture(autouse=True)
+def few_units(monkeypatch):
+    """Micro-batches of several examples, of which there would otherwise have to be dozens."""
+    monkeypatch.setattr(samples, "_UNITS", 4)
 
 
 def saved(model, processor, folder):
@@ -675,12 +681,14 @@ def test_the_model_is_left_exactly_as_it_was(kind, request):
     task = {"pictures": "image_classification", "classifier": "sequence_classification"}.get(kind, "causal_lm")
     settings = Settings(str(fixture.folder), split_of(fixture.data, task), device="cpu")
     data, on_disk = Data.load(settings), files(fixture.folder)
+    expected = attribute(data.evaluated, data, settings)
     model = data.evaluated.model.train()
     parameters = list(model.parameters())
     parameters[1].requires_grad_(False)
     parameters[2].grad = torch.randn_like(parameters[2])
     before = state_of(model)
     report, found = diagnosed(data, settings)
+    assert found.compared == expected.compared, "in evaluation mode, whatever its mode was"
     assert found.compared is not None and report.random is not None
     same_state(before, state_of(model))
     assert on_disk == files(fixture.folder)
