@@ -80,7 +80,7 @@ def test_a_walk_that_starts_later_goes_on_where_the_other_was():
 
 
 @pytest.mark.parametrize("optim", ["tam", "adamw_torch", "ahb_adamw"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_lambda_0_is_the_plain_trainer_bit_for_bit(tmp_path, optim, accumulation):
     fields = {"optim": optim, "gradient_accumulation_steps": accumulation}
     bloop = trainer_of(tmp_path / "a", {"lam": 0.0}, **fields)

@@ -179,7 +179,7 @@ def test_a_schedule_follows_the_learning_rate_in_a_trainer(tiny, tmp_path):
     assert (outcome.folder / "plots" / "dynamics.png").is_file()
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "tam", "adatamw"])
+@pytest.mark.parametrize("optim", [pytest.param("adamw_torch", marks=pytest.mark.slow), "sgd", "tam", "adatamw"])
 def test_a_schedule_attaches_to_any_optimizer_and_resumes_bit_for_bit(optim, tiny, tmp_path):
     fields = {"optim": optim, "learning_rate": 1e-3, "momentum_schedule_args": "switch=fraction,fraction=0.7"}
     if optim == "sgd":

@@ -125,9 +125,11 @@ def test_summary_says_what_was_learnt_and_where_the_report_lies(tiny, tmp_path):
 # ---- saving and resuming --------------------------------------------------------------------------------------------
 
 
-# Adapters are tensors as others are: one optimizer shows that they resume, the rest run in the slow suite.
+# Adapters are tensors as others are: one optimizer shows that they resume, and one of each method that weights do. The
+# rest run in the slow suite; state and its dtypes of every optimizer resume bit for bit in test_state_dtype.py, too.
+FAST = {("tam", True), *((name, False) for name in ("tam", "adatamw", "ahb_sgd", "critical_adamw", "vradam"))}
 RESUMED = [
-    pytest.param(name, lora, id=f"{name}-{kind}", marks=[pytest.mark.slow] if lora and name != "tam" else [])
+    pytest.param(name, lora, id=f"{name}-{kind}", marks=[] if (name, lora) in FAST else [pytest.mark.slow])
     for name in OPTIMIZERS
     for lora, kind in ((False, "full"), (True, "lora"))
 ]
