@@ -73,7 +73,7 @@ def _facts(
     shown = [
         f"{'the chosen groups' if method == CHOSEN else NAMES[method]} "
         f"{_mean([run.flips.fixed for run in found]):.1f} fixed, {_mean([run.flips.broken for run in found]):.1f} "
-        f"broken, on {100 * _mean([run.parameters / whole for run in found]):.0f} % of the parameters"
+        f"broken, on {100 * _mean([run.parameters / whole for run in found]):.3g} % of the parameters"
         for method, found in runs.items()
     ]
     singles = [method for method in report.methods if method.startswith(SINGLE)]
