@@ -419,7 +419,6 @@ def test_planted(programs, lab, few_digits, tmp_path, monkeypatch):
         assert 0 < part["parameters"] < whole["parameters"] == 143_978
 
 
-@pytest.mark.slow
 def test_planted_in_texts(programs, lab, tmp_path, monkeypatch):
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
