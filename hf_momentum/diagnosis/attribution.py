@@ -37,6 +37,7 @@ EPS = 1e-12
 _STRETCHES = 64
 _RESAMPLES = 1000
 _Z = 1.959964
+_BLOCKS = {"cpu": 2**16}  # numbers that are turned to float64 at a time: as many as stay in a core's cache
 
 
 class NoPredictions(ValueError):
@@ -147,13 +148,17 @@ def _weights_of(piece: GradientPiece, weights: Mapping[int, Tensor] | None) -> T
 
 def _pull(grad: Tensor, weight: Tensor) -> Tensor:
     """The derivative of sum |w G| with respect to G."""
-    return weight * torch.sign(weight * grad)
+    return (weight * grad).sign_().mul_(weight)
 
 
 def _sums(grad: Tensor, weight: Tensor) -> Tensor:
     """|G|^2, |w|^2 and sum |w G| of a piece in float64, without a copy of it in float64."""
-    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2 for tensor in (grad, weight)]
-    return torch.stack([*norms, torch.linalg.vector_norm(grad * weight, ord=1, dtype=torch.float64)])
+    total = torch.zeros(3, dtype=torch.float64, device=grad.device)
+    block = _BLOCKS.get(grad.device.type, 2**24)
+    for some in zip(grad.reshape(-1).split(block), weight.reshape(-1).split(block), strict=True):
+        g, w = (part.double() for part in some)
+        total += torch.stack([g.dot(g), w.dot(w), (g * w).abs().sum()])
+    return total
 
 
 def _by_group(table: Tensor, group_of: Sequence[int], groups: int) -> Tensor:
