@@ -36,6 +36,7 @@ EPS = 1e-12
 _STRETCHES = 64
 _RESAMPLES = 1000
 _Z = 1.959964
+_BLOCKS = {"cpu": 2**16}  # numbers that are turned to float64 at a time: as many as stay in a core's cache
 
 
 class NoPredictions(ValueError):
@@ -146,8 +147,12 @@ def _weights_of(piece: GradientPiece, weights: Mapping[int, Tensor] | None) -> T
 
 def _sums(grad: Tensor, weight: Tensor) -> Tensor:
     """|G|^2, |w|^2 and sum |w G| of a piece in float64, without a copy of it in float64."""
-    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2 for tensor in (grad, weight)]
-    return torch.stack([*norms, torch.linalg.vector_norm(grad * weight, ord=1, dtype=torch.float64)])
+    total = torch.zeros(3, dtype=torch.float64, device=grad.device)
+    block = _BLOCKS.get(grad.device.type, 2**24)
+    for some in zip(grad.reshape(-1).split(block), weight.reshape(-1).split(block), strict=True):
+        g, w = (part.double() for part in some)
+        total += torch.stack([g.dot(g), w.dot(w), (g * w).abs().sum()])
+    return total
 
 
 def _by_group(table: Tensor, group_of: Sequence[int], groups: int) -> Tensor:
@@ -231,7 +236,7 @@ class _Stretches:
             weight, owner = _weights_of(piece, weights), self.owners.get(piece.row)
             if owner not in found:
                 found[owner] = torch.zeros(self.groups, self.sketcher.width, dtype=torch.float64)
-            pull = weight * torch.sign(weight * piece.grad)
+            pull = (weight * piece.grad).sign_().mul_(weight)
             found[owner][self.group_of[piece.row]] += self.sketcher.of(pull, piece.row, _offset(piece)).cpu()
         return found
 
