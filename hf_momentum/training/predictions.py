@@ -1,6 +1,6 @@
 """What a model predicts of examples: which predictions are right, and at what loss."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import datasets
@@ -10,7 +10,7 @@ import torch
 from hf_momentum.evaluation.suite import SuiteSplit
 from hf_momentum.training.evaluated import Evaluated
 from hf_momentum.training.examples import IGNORED, Examples, on_device
-from hf_momentum.training.samples import answer_loss, class_loss, token_loss
+from hf_momentum.training.samples import LOSSES
 from hf_momentum.training.suite_rows import written_rows
 
 
@@ -90,11 +90,3 @@ def predictions(
             written = written_rows(evaluated, rows, split, batch_size)[:, 1] > 0
             right = [np.array([one]) for one in written]
     return Predictions(right, total / max(count, 1))
-
-
-LOSSES: Mapping[str, Callable[..., tuple[torch.Tensor, int]]] = {
-    "sequence_classification": class_loss,
-    "image_classification": class_loss,
-    "causal_lm": token_loss,
-    "generation": answer_loss,
-}

@@ -29,7 +29,8 @@ from hf_momentum.evaluation.writing import write_whole
 from hf_momentum.training.arguments import MomentumTrainingArguments
 from hf_momentum.training.evaluated import Evaluated
 from hf_momentum.training.examples import IGNORED, Examples
-from hf_momentum.training.predictions import LOSSES, Held, Predictions
+from hf_momentum.training.predictions import Held, Predictions
+from hf_momentum.training.samples import LOSSES
 from hf_momentum.training.trainer import MomentumTrainer
 
 # ---- what trains -----------------------------------------------------------------------------------------------------

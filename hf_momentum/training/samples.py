@@ -182,7 +182,7 @@ def _compare(
     good: tuple[Examples, Sample],
 ) -> Compared:
     """Both gradients, of samples that are known."""
-    loss = _LOSSES[settings.data.task]
+    loss = LOSSES[settings.data.task]
     errors, right = (
         _collected(
             ready,
@@ -392,7 +392,7 @@ def answer_loss(logits: Tensor, targets: Tensor, masks: Sequence[Tensor | None])
     return (each.sum(1) / (targets != IGNORED).sum(1)).sum(), len(targets)
 
 
-_LOSSES: Mapping[str, Callable[[Tensor, Tensor, Sequence[Tensor | None]], tuple[Tensor, int]]] = {
+LOSSES: Mapping[str, Callable[[Tensor, Tensor, Sequence[Tensor | None]], tuple[Tensor, int]]] = {
     "sequence_classification": class_loss,
     "image_classification": class_loss,
     "causal_lm": token_loss,
