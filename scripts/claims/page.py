@@ -142,7 +142,8 @@ ABOUT: Mapping[str, About] = {
         "example is of a class that is wrong, there is no contrast, and raw ranks, as in `hf-momentum diagnose`. The "
         "repair trains on errors and as many right examples, with equal steps for both ways, each at the best of three "
         "learning rates and four mixtures with the old weights on validation; its figures are of a test split that "
-        "nothing else has seen. ResNet as above, trained by SGD at 0.05; encoder fine-tuned with AdamW.",
+        "nothing else has seen. ResNet as above, trained by SGD at 0.05, 60 steps of repair; encoder fine-tuned with "
+        "AdamW, 20 steps of repair, and three seeds only, of which little follows.",
         "ResNet-18 on CIFAR-10",
     ),
     "repairs": About(
