@@ -109,6 +109,29 @@ def record_refused():
     return REFUSED.add
 
 
+# Cases for which a cheaper one of the same claim stands in the suite of every day; they run with `make test-all`.
+STOOD_FOR = {
+    "test_ahb.py::test_on_pure_noise": ("[0.0001]", "[100.0]"),
+    "test_bloop_matrix.py": ("[ZeRO-3-",),
+    "test_diagnose_sharded.py": ("[ZeRO-3-",),
+    "test_export.py::test_the_weights_equal": ("[zero2-full]",),
+    "test_launch.py::test_two_processes_with_a_sharded_model": ("[zero3-",),
+    "test_reduced_gradients.py": ("[ZeRO-2-",),
+    "test_resume.py::test_a_resumed_run_ends_bit_for_bit": ("[zero3-ahb_adamw]",),
+    "test_scores.py::test_intervals_cover_the_truth": ("",),
+    "test_state_dtype.py::test_rounding_at_random": ("[signed]",),
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    """Mark them as slow before those are left out."""
+    for item in items:
+        for place, ids in STOOD_FOR.items():
+            if place in item.nodeid and any(one in item.nodeid for one in ids):
+                item.add_marker(pytest.mark.slow)
+
+
 def pytest_sessionfinish(session, exitstatus) -> None:
     target = session.config.getoption("--write-support")
     if target and (SUPPORT or REFUSED):

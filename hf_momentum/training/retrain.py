@@ -94,9 +94,10 @@ class Trained:
         """old + share (new - old); exactly one of the two at the ends, and of whole numbers the new ones.
 
         Example:
-            >>> trained = Trained.of(nn.Linear(1, 1, bias=False), ["weight"])
-            >>> trained.mixed({"weight": trained.old["weight"] + 2.0}, 0.5)["weight"] - trained.old["weight"]
-            tensor([[1.]])
+            >>> layer = nn.Linear(1, 1, bias=False)
+            >>> _ = nn.init.ones_(layer.weight)
+            >>> Trained.of(layer, ["weight"]).mixed({"weight": torch.tensor([[3.0]])}, 0.5)["weight"]
+            tensor([[2.]])
         """
         if share in (0, 1):
             return dict(new if share else self.old)
@@ -469,7 +470,7 @@ def retrain(
         training: its `eval_steps` say how often validation is measured.
         distill, rates: as for `RepairTrainer`.
         patience: as for `Best`.
-        shares: of the new weights that are tried; the best of the share 0, the old weights, is no repair.
+        shares: of the new weights that are tried; where none gains anything the old weights, share 0, stay.
         keep: a folder for the best weights, with which a run that is interrupted goes on.
         resume: a checkpoint to go on from.
     """
@@ -497,7 +498,8 @@ def retrain(
         trained.put(trained.mixed(new, share))
         found = before if share == 0 else best.measure()
         mixtures.append(Mixture(share, gain(before, found), found.loss))
-    chosen = max(mixtures, key=lambda one: (one.flips.net, -one.loss)).share
+    gaining = [one for one in mixtures if one.flips.net > 0]
+    chosen = max(gaining, key=lambda one: (one.flips.net, -one.loss)).share if gaining else 0.0
     trained.put(trained.mixed(new, chosen))
     history = [*state.log_history, *best.log]
     return Retrained(new, chosen, mixtures, state.global_step, stopped, history)
