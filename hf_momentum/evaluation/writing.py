@@ -34,7 +34,7 @@ def short(place: str) -> str:
     """A path is a long story about one machine: its end says what it is.
 
     Example:
-        >>> short("/home/me/runs/tuned/model"), short("gpt2")
+        >>> short("/here/runs/tuned/model"), short("gpt2")
         ('tuned/model', 'gpt2')
     """
     path = Path(place)
