@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from hf_momentum.commands.answers import print_json
 from hf_momentum.errors import InputError, TrainingStopped, nearest
 
 # Each is the module of that name in commands/, imported when it is asked for, and its line in the help.
@@ -39,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except (InputError, TrainingStopped) as error:
+        if "--json" in words and words[0] != "run":  # what follows `run` is another program's
+            print_json({"error": str(error), "exit": 2})
+            return 2
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
 

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_momentum.commands.answers import add_json, answering, read_json
 from hf_momentum.commands.parsing import command_parser
 
 HELP = """\
@@ -42,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--jobs", metavar="N", type=int, default=1, help="runs side by side (%(default)s)")
     made.add_argument("--dry-run", action="store_true", help="say how many runs and how long; compare nothing")
     made.add_argument("--output_dir", metavar="OUT", required=True, help="for runs.db, logs and the report")
+    add_json(made)
     return made
 
 
@@ -72,21 +74,13 @@ def main(words: Sequence[str]) -> int:
     )
     Path(known.output_dir).mkdir(parents=True, exist_ok=True)
     ledger = Ledger(made.storage, made.study, made.selection in LOWER_IS_BETTER)
-    if known.dry_run:
-        print(compare_report.outlook(made, ledger, known.jobs), flush=True)
-        return 0
-    records = compare_runs.work(made, ledger, known.jobs)
-    report = compare_report.report(made, records)
-    path = report.write(Path(known.output_dir))
-    print(
-        "\n"
-        + "\n".join(
-            [
-                *report.troubles,
-                *report.verdict(),
-                report.headline(),
-                f"Report: {path} (and report.md, report.json, plots/)",
-            ]
-        )
-    )
-    return 1 if any(run.status == "failed" for run in report.runs) else 0
+    with answering("compare", known.json) as answer:
+        if known.dry_run:
+            return answer.give([compare_report.outlook(made, ledger, known.jobs)])
+        records = compare_runs.work(made, ledger, known.jobs)
+        report = compare_report.report(made, records)
+        path = report.write(Path(known.output_dir))
+        files = f"Report: {path} (and report.md, report.json, plots/)"
+        lines = ["", *report.troubles, *report.verdict(), report.headline(), files]
+        failed = any(run.status == "failed" for run in report.runs)
+        return answer.give(lines, int(failed), **read_json(path.with_name("report.json")))

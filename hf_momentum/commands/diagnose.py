@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_momentum.commands.answers import add_json, answering, read_json
 from hf_momentum.commands.parsing import add_data, add_groups, add_launcher, command_of, command_parser
 
 HELP = """\
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", metavar="N", type=int, default=0, help="(%(default)s)")
     made.add_argument("--output_dir", metavar="OUT", default="outputs/diagnosis", help="(%(default)s)")
     add_launcher(made)
+    add_json(made)
     return made
 
 
@@ -50,8 +52,10 @@ def main(words: Sequence[str]) -> int:
     settings = diagnose.settings_of(vars(known))
     diagnose.check(settings)
     launch.relaunch("diagnose", words, known.accelerate_config, launch.flags_of(vars(known)))
-    report = diagnose.diagnose(settings, command_of("diagnose", words))
-    if report is not None:
-        files = f"Report: {report.write(Path(known.output_dir))} (and report.md, report.json, plots/)"
-        print("\n" + "\n".join([report.verdict(), *report.sentences(), files]))
-    return 0
+    with answering("diagnose", known.json) as answer:
+        report = diagnose.diagnose(settings, command_of("diagnose", words))
+        if report is None:  # another process has it
+            return 0
+        path = report.write(Path(known.output_dir))
+        lines = ["", report.verdict(), *report.sentences(), f"Report: {path} (and report.md, report.json, plots/)"]
+        return answer.give(lines, **read_json(path.with_name("report.json")))

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_momentum.commands.answers import add_json, answering, read_json
 from hf_momentum.commands.parsing import command_of, command_parser
 
 HELP = """\
@@ -35,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--max_examples", metavar="N", type=int, help="of each split at most")
     made.add_argument("--seed", metavar="N", type=int, default=0, help="of the bootstrap (%(default)s)")
     made.add_argument("--output_dir", metavar="OUT", default="outputs/evaluation", help="(%(default)s)")
+    add_json(made)
     return made
 
 
@@ -54,7 +56,8 @@ def main(words: Sequence[str]) -> int:
         seed=known.seed,
     )
     suite = evaluate.load_suite(known.suite, known.source, known.max_examples)
-    report = evaluate.evaluate(suite, settings, command_of("evaluate", words))
-    path = report.write(Path(known.output_dir))
-    print("\n" + "\n".join([*report.summary(), f"Report: {path} (and report.md, report.json, card.md, plots/)"]))
-    return 0
+    with answering("evaluate", known.json) as answer:
+        report = evaluate.evaluate(suite, settings, command_of("evaluate", words))
+        path = report.write(Path(known.output_dir))
+        lines = ["", *report.summary(), f"Report: {path} (and report.md, report.json, card.md, plots/)"]
+        return answer.give(lines, **read_json(path.with_name("report.json")))

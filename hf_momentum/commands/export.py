@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from hf_momentum.commands.answers import add_json, answering
 from hf_momentum.commands.parsing import command_parser
 
 HELP = """\
@@ -27,13 +28,15 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also the state of optimizer and schedule, whole, to continue under any launch",
     )
+    add_json(made)
     return made
 
 
 def main(words: Sequence[str]) -> int:
     """Run it with the words typed after its name, and return the exit status."""
     known = parser().parse_args(words)
-    from hf_momentum.training.export import export
+    with answering("export", known.json) as answer:
+        from hf_momentum.training.export import export
 
-    print(f"Exported to {export(known.checkpoint, known.out, known.dtype, known.resumable)}", flush=True)
-    return 0
+        folder = export(known.checkpoint, known.out, known.dtype, known.resumable)
+        return answer.give([f"Exported to {folder}"], folder=str(folder))

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from hf_momentum.commands.answers import add_json, answering
 from hf_momentum.commands.parsing import command_parser
 
 HELP = """\
@@ -14,15 +15,29 @@ example:
 
 def parser() -> argparse.ArgumentParser:
     """Its options."""
-    return command_parser("optimizers", HELP)
+    made = command_parser("optimizers", HELP)
+    add_json(made)
+    return made
 
 
 def main(words: Sequence[str]) -> int:
     """Run it with the words typed after its name, and return the exit status."""
-    parser().parse_args(words)
+    known = parser().parse_args(words)
     from hf_momentum.integrations import OPTIMIZERS
 
     width = max(map(len, OPTIMIZERS))
-    for name, spec in OPTIMIZERS.items():
-        print(f"{name:<{width}}  {spec.summary}\n{'':<{width}}  {spec.source}; {spec.accepted()}")
-    return 0
+    lines = [
+        f"{name:<{width}}  {spec.summary}\n{'':<{width}}  {spec.source}; {spec.accepted()}"
+        for name, spec in OPTIMIZERS.items()
+    ]
+    listed = [
+        {
+            "name": name,
+            "summary": spec.summary,
+            "source": spec.source,
+            "arguments": {key: str(argument).partition(": ")[2] for key, argument in spec.arguments.items()},
+        }
+        for name, spec in OPTIMIZERS.items()
+    ]
+    with answering("optimizers", known.json) as answer:
+        return answer.give(lines, optimizers=listed)

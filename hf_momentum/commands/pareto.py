@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_momentum.commands.answers import add_json, answering, read_json
 from hf_momentum.commands.parsing import command_parser
 
 HELP = """\
@@ -32,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--jobs", metavar="N", type=int, default=1, help="runs side by side (%(default)s)")
     made.add_argument("--dry-run", action="store_true", help="say how many runs and how long; run nothing")
     made.add_argument("--output_dir", metavar="OUT", required=True, help="for runs.jsonl, the report and fronts.png")
+    add_json(made)
     return made
 
 
@@ -51,11 +53,12 @@ def main(words: Sequence[str]) -> int:
         auxiliary=known.auxiliary,
         folder=known.output_dir,
     )
-    if known.dry_run:
-        print(pareto.outlook(made, known.jobs), flush=True)
-        return 0
-    records = pareto.run_grid(made, known.jobs)
-    report = pareto.report(made, records)
-    path = report.write(Path(known.output_dir))
-    print("\n" + "\n".join([*report.troubles, report.verdict(), f"Report: {path} (and report.json, fronts.png)"]))
-    return 1 if any(record.status == "failed" for record in records.values()) else 0
+    with answering("pareto", known.json) as answer:
+        if known.dry_run:
+            return answer.give([pareto.outlook(made, known.jobs)])
+        records = pareto.run_grid(made, known.jobs)
+        report = pareto.report(made, records)
+        path = report.write(Path(known.output_dir))
+        lines = ["", *report.troubles, report.verdict(), f"Report: {path} (and report.json, fronts.png)"]
+        failed = any(record.status == "failed" for record in records.values())
+        return answer.give(lines, int(failed), **read_json(path.with_name("report.json")))

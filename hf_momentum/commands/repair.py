@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_momentum.commands.answers import add_json, answering, read_json
 from hf_momentum.commands.parsing import add_data, add_groups, command_of, command_parser
 
 HELP = """\
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub model")
     made.add_argument("--seed", metavar="N", type=int, default=0, help="(%(default)s)")
     made.add_argument("--output_dir", metavar="OUT", default="outputs/repair", help="(%(default)s)")
+    add_json(made)
     return made
 
 
@@ -64,14 +66,17 @@ def main(words: Sequence[str]) -> int:
     plan = repair.plan_of(vars(known), overrides)
     command = command_of("repair", words)
     place = Path(known.output_dir)
-    if known.baselines:
-        rates = numbers("learning_rates", known.learning_rates)
-        report = repair_baselines.run(plan, known.seeds, rates, command)
-        files = f"Report: {report.write(place)} (and report.md, report.json, plots/)"
-        print("\n" + "\n".join([report.verdict(), *report.sentences(), files]))
-        return 0
-    found = repair.repair(plan, command)
-    kept = f"Repaired model: {place / 'model'}" if found.decision.accepted else "The model stays as it was."
-    files = f"Report: {place / 'report.html'} (and report.md, report.json)"
-    print("\n" + "\n".join([found.verdict(), *found.sentences(), kept, files]))
-    return repair.ROLLED_BACK if found.outcome == "rolled back" else 0
+    with answering("repair", known.json) as answer:
+        if known.baselines:
+            rates = numbers("learning_rates", known.learning_rates)
+            compared = repair_baselines.run(plan, known.seeds, rates, command)
+            path = compared.write(place)
+            files = f"Report: {path} (and report.md, report.json, plots/)"
+            lines = ["", compared.verdict(), *compared.sentences(), files]
+            return answer.give(lines, **read_json(path.with_name("report.json")))
+        found = repair.repair(plan, command)
+        kept = f"Repaired model: {place / 'model'}" if found.decision.accepted else "The model stays as it was."
+        files = f"Report: {place / 'report.html'} (and report.md, report.json)"
+        status = repair.ROLLED_BACK if found.outcome == "rolled back" else 0
+        lines = ["", found.verdict(), *found.sentences(), kept, files]
+        return answer.give(lines, status, **read_json(place / "report.json"))

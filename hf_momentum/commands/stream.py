@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_momentum.commands.answers import add_json, answering, read_json
 from hf_momentum.commands.parsing import command_parser
 
 HELP = """\
@@ -32,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seeds", metavar="N", type=int, default=1, help="from the recipe's seed on (%(default)s)")
     made.add_argument("--metric", metavar="NAME", help="of the matrix; the task's main one unless given")
     made.add_argument("--output_dir", metavar="OUT", required=True, help="for the stages and the report")
+    add_json(made)
     return made
 
 
@@ -49,7 +51,8 @@ def main(words: Sequence[str]) -> int:
         metric=known.metric,
         folder=known.output_dir,
     )
-    report = stream.report(made, stream.run_streams(made))
-    path = report.write(Path(known.output_dir))
-    print(f"\n{report.verdict()}\nReport: {path} (and report.md, stream.json, plots/)", flush=True)
-    return 0
+    with answering("stream", known.json) as answer:
+        report = stream.report(made, stream.run_streams(made))
+        path = report.write(Path(known.output_dir))
+        lines = ["", report.verdict(), f"Report: {path} (and report.md, stream.json, plots/)"]
+        return answer.give(lines, **read_json(path.with_name("stream.json")))

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from hf_momentum.commands.answers import add_json, answering, read_json
 from hf_momentum.commands.parsing import add_launcher, command_parser
 from hf_momentum.errors import InputError
 
@@ -27,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--config", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
     add_launcher(made)
     made.add_argument("--help-fields", action="store_true", help="list every field of a recipe and exit")
+    add_json(made)
     return made
 
 
@@ -46,11 +48,12 @@ def main(words: Sequence[str]) -> int:
     loaded = recipe.load_recipe(known.config, overrides)
     if start is not None:
         config = [] if known.config is None else ["--config", known.config]
-        start.replace_this_process([*config, *overrides])
+        start.replace_this_process([*config, *overrides, *(["--json"] if known.json else [])])
 
-    from hf_momentum.training import job
+    with answering("train", known.json) as answer:
+        from hf_momentum.training import job
 
-    outcome = job.train(loaded)
-    if outcome.is_main:
-        print("\n" + "\n".join(job.summary(outcome)), flush=True)
-    return 0
+        outcome = job.train(loaded)
+        if not outcome.is_main:
+            return 0
+        return answer.give(["", *job.summary(outcome)], **read_json(outcome.folder / "report.json", "history"))
