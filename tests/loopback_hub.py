@@ -181,6 +181,11 @@ class LoopbackHub:
         with self._lock:
             self._faults.append(Fault(re.compile(match), times, status, headers or {}, message, cut_after, stall_after))
 
+    def heal(self) -> None:
+        """Forget all faults that have not happened yet."""
+        with self._lock:
+            self._faults.clear()
+
     def release(self) -> None:
         """Let stalled requests go on."""
         self._release.set()
@@ -359,6 +364,7 @@ class _Handler(BaseHTTPRequestHandler):
         names = [
             {"name": name, "ref": f"refs/heads/{name}", "targetCommit": number}
             for name, number in found.branches.items()
+            if not name.startswith("refs/")
         ]
         self._send(200, {"branches": names, "tags": [], "converts": []})
 

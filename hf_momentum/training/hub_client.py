@@ -4,7 +4,6 @@ huggingface_hub repeats by itself what uploads an object or a file list (429 and
 It does not repeat what makes a repository, asks about one, or commits; `patiently` does.
 """
 
-import errno
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +12,10 @@ from typing import TypeVar
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from safetensors import SafetensorError
 
 from hf_momentum.errors import InputError
+from hf_momentum.training.disk import disk_is_full
 
 TRIES = 6
 _LONGEST = 60.0  # seconds between two tries that a server may ask for
@@ -86,7 +87,7 @@ def one_line(repo_id: str, kept: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+    except (HTTPError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{repo_id}: {reason(error)}; {kept}") from error
 
 
@@ -94,8 +95,8 @@ def reason(error: BaseException) -> str:
     """What went wrong, in words for the one who pushes.
 
     Example:
-        >>> reason(OSError(errno.ENOSPC, "No space left on device", "model.safetensors"))
-        'no space is left on the disk (model.safetensors)'
+        >>> reason(OSError(28, "No space left on device", "model.safetensors"))
+        "no space is left on the disk ([Errno 28] No space left on device: 'model.safetensors')"
     """
     # An upload in a thread wraps what happened to it.
     inner = error.__cause__ if type(error) is RuntimeError and error.__cause__ is not None else error
@@ -105,8 +106,8 @@ def reason(error: BaseException) -> str:
         return "HF_HUB_OFFLINE is set"
     if isinstance(inner, HfHubHTTPError):
         return _answered(inner)
-    if isinstance(inner, OSError) and inner.errno == errno.ENOSPC:
-        return f"no space is left on the disk ({inner.filename})"
+    if disk_is_full(inner):
+        return f"no space is left on the disk ({_short(inner)})"
     if isinstance(inner, HTTPError | ConnectionError):
         return f"the Hub cannot be reached ({_short(inner)})"
     xet = " (a Hub without Xet storage needs HF_HUB_DISABLE_XET=1)" if "xet" in str(inner).lower() else ""
