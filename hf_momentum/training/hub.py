@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from hf_momentum.errors import InputError
 from hf_momentum.training.hub_client import one_line, patiently, require_token
-from hf_momentum.training.hub_contents import MODEL, Contents, Item, gather, kind_of_file
+from hf_momentum.training.hub_contents import LAST, MODEL, Contents, Item, gather, kind_of_file
 from hf_momentum.training.scrubbing import remember_token
 
 
@@ -177,9 +177,12 @@ def _commit(wishes: Wishes, repo_id: str, contents: Contents, say: Callable[[str
     stale = _stale(there, contents.items)
     if stale:
         say(f"  removed there: {', '.join(stale)} (of an earlier push)")
-    api.preupload_lfs_files(
-        repo_id, additions, revision=revision, create_pr=wishes.create_pr, num_threads=2, free_memory=False
-    )
+    # A checkpoint's weights can be those of the model: once they are there, they are not sent a second time.
+    for nested in (False, True):
+        part = [addition for addition in additions if addition.path_in_repo.startswith(f"{LAST}/") == nested]
+        api.preupload_lfs_files(
+            repo_id, part, revision=revision, create_pr=wishes.create_pr, num_threads=2, free_memory=False
+        )
 
     def commit() -> str:
         made = api.create_commit(

@@ -201,7 +201,7 @@ def train(recipe: Recipe) -> Outcome:
         unit=recipe.unit,
         splits=results,
         history=trainer.state.log_history,
-        facts=facts | provenance(base_model, trainer.model.config._commit_hash),
+        facts=facts | provenance(base_model, getattr(trainer.model.config, "_commit_hash", None)),
         recipe=recipe.to_yaml(),
         command=_command(recipe),
     )
@@ -214,7 +214,7 @@ def train(recipe: Recipe) -> Outcome:
             trainer.card = model_card(report, base_model, recipe.peft.lora, _optimizer(recipe), pictures)
             trainer.create_model_card()
         if pushes is not None:
-            hub.push(pushes)
+            print(hub.push(pushes).url, flush=True)
     return Outcome(report, folder, trainer.is_world_process_zero())
 
 
