@@ -428,8 +428,9 @@ def test_a_folder_that_cannot_be_pushed_is_refused(hub, small, capsys, break_it,
 
 @pytest.mark.parametrize("command", ["compare", "pareto", "stream"])
 def test_reports_that_repeat_their_command_take_no_token(command, capsys, tmp_path):
-    words = {"compare": ["--optim", "tam,adamw_torch"], "pareto": [], "stream": ["--domains", "a=stdlib:code"]}[command]
-    words += ["--eval", "a=stdlib:code@test"] if command == "stream" else []
+    words = {"compare": ["--optim", "tam,adamw_torch"], "pareto": [], "stream": []}[command]
+    if command == "stream":
+        words = ["--domains", "a=stdlib:code", "b=stdlib:prose", "--eval", "a=stdlib:code@test", "b=stdlib:prose@test"]
     common = ["--config", "bloop_domain" if command == "pareto" else "quickstart", "--output_dir", tmp_path / "out"]
     line = refused([command, *common, *words, f"--hub_token={SECRET}"], capsys)
     assert "set HF_TOKEN" in line and SECRET not in line

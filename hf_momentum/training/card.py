@@ -77,7 +77,7 @@ def papers(optimizer: str | None, recipe: Mapping[str, Any]) -> list[Paper]:
         >>> [paper.arxiv for paper in papers("tam", {"aux_dataset": "a=b", "surgery": "bloop"})]
         ['2412.18790', '2402.02998']
     """
-    found = [paper_of(OPTIMIZERS[optimizer].source)] if optimizer in OPTIMIZERS else []
+    found = [paper_of(OPTIMIZERS[optimizer].source)] if optimizer is not None and optimizer in OPTIMIZERS else []
     auxiliary = recipe.get("aux_dataset") or recipe.get("aux_loss")
     if auxiliary and recipe.get("surgery", "bloop") == "bloop":
         found.append(BLOOP)
@@ -160,8 +160,10 @@ def _head(metadata: Mapping[str, Any], title: str) -> list[str]:
 
 
 def _method(optimizer: str | None, recipe: Mapping[str, Any]) -> list[str]:
+    if optimizer is None:
+        return []
     if optimizer not in OPTIMIZERS:
-        return [] if optimizer is None else [f"Trained with `{optimizer}` by hf-momentum.", ""]
+        return [f"Trained with `{optimizer}` by hf-momentum.", ""]
     spec, lines = OPTIMIZERS[optimizer], []
     paper, *others = papers(optimizer, recipe)
     lines.append(f"Trained with **{spec.cls.__name__}** ({spec.source}) by hf-momentum. {spec.summary}")

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from huggingface_hub import constants, get_token
+
+# HTTPError is that of httpx under huggingface_hub 1 and of httpx2 under 2: of an answer, or of none.
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 

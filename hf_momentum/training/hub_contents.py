@@ -270,7 +270,7 @@ def _with_base(items: list[Item], base: str | None) -> tuple[list[Item], list[st
                 )
         elif item.kind == CARD and base is not None:
             card = ModelCard(_text(item.content))
-            card.data.base_model = base
+            card.data["base_model"] = base
             content = str(card).encode()
         changed.append(Item(item.kind, item.path, content))
     return changed, notes
