@@ -346,8 +346,14 @@ def test_offline_is_said_before_anything_is_asked(hub, small, monkeypatch, capsy
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("where", ["GET /api/models", "repos/create", "preupload", "PUT", "objects/batch", "/commit/"])
-@pytest.mark.parametrize(("status", "headers"), [(500, {}), (429, {"Retry-After": "7"})])
+@pytest.mark.parametrize(
+    ("where", "status", "headers"),
+    [
+        *((place, 500, {}) for place in ("GET /api/models", "repos/create", "preupload", "PUT", "objects/batch")),
+        ("/commit/", 500, {}),
+        *((place, 429, {"Retry-After": "7"}) for place in ("repos/create", "PUT", "/commit/")),
+    ],
+)
 def test_trouble_that_passes_is_waited_for(hub, small, waits, where, status, headers):
     hub.fail_next(where, times=2, status=status, headers=headers)
     assert main(["push", str(small), "me/model"]) == 0
@@ -356,8 +362,15 @@ def test_trouble_that_passes_is_waited_for(hub, small, waits, where, status, hea
     assert set(hub.files("me/model")) == {path.name for path in small.iterdir()} | {"README.md"}
 
 
-@pytest.mark.parametrize("where", ["GET /api/models", "PUT", "/commit/"])
-@pytest.mark.parametrize(("status", "words"), [(500, "trouble of its own"), (429, "too many requests")])
+@pytest.mark.parametrize(
+    ("where", "status", "words"),
+    [
+        ("GET /api/models", 500, "trouble of its own"),
+        ("PUT", 500, "trouble of its own"),
+        ("PUT", 429, "too many requests"),
+        ("/commit/", 429, "too many requests"),
+    ],
+)
 def test_trouble_that_stays_is_one_line_and_the_same_command_mends_it(hub, small, capsys, where, status, words):
     hub.fail_next(where, times=10**6, status=status)
     line = refused(["push", small, "me/model"], capsys)
@@ -405,6 +418,13 @@ def test_an_upload_that_was_killed_goes_on_where_it_was(hub, small, tmp_path):
     }
 
 
+def test_a_hub_without_xet_storage_is_told_what_to_set():
+    from hf_momentum.training.hub_client import reason
+
+    error = ConnectionError("404 Not Found for /api/models/me/model/xet-write-token/main")
+    assert "HF_HUB_DISABLE_XET=1" in reason(error) and "HF_HUB_DISABLE_XET" not in reason(ConnectionError("no route"))
+
+
 def test_large_objects_go_in_parts(hub, small):
     hub.multipart_from = 40_000
     assert main(["push", str(small), "me/model"]) == 0
@@ -418,6 +438,7 @@ def test_large_objects_go_in_parts(hub, small):
         (lambda folder: [path.unlink() for path in folder.glob("model*")], "holds no weights"),
         (lambda folder: (folder / "model-00001-of-00002.safetensors").write_bytes(b"\x10"), "is torn"),
         (lambda folder: (folder / "recipe.yaml").write_text(f"hub_token: {SECRET}\n"), "holds what looks like a token"),
+        (lambda folder: (folder / "README.md").write_text("hub_token: of_another\n"), "README.md holds what looks"),
     ],
 )
 def test_a_folder_that_cannot_be_pushed_is_refused(hub, small, capsys, break_it, expected):
