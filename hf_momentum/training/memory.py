@@ -142,7 +142,7 @@ def estimate(
         dtype: of the weights: float32, bfloat16 or float16 (the recipe's `model_dtype`). Adapters are float32, as PEFT
             makes them.
         autocast: whether bf16 or fp16 of the trainer is on: float32 weights then have a copy in 16 bits.
-        four_bit: whether the linear layers of the blocks are held in 4 bits.
+        four_bit: whether the linear layers of the blocks are held in 4 bits, and all else in float32.
         checkpointing: whether blocks are computed again in the backward pass (`gradient_checkpointing`).
         whole_logits: whether the logits of all tokens exist at once; TRL's SFTTrainer forms them in parts.
         activations: bytes, where they are known better than by the estimate, as for a convolutional network.
@@ -164,14 +164,16 @@ def estimate(
     adapters = size.trained if size.trained < size.parameters else 0
     packed = size.linear if four_bit else 0
     width = _BYTES[dtype]
-    weights = packed * _FOUR_BITS + (size.parameters - adapters - packed) * width + adapters * 4
+    # What is not held in 4 bits is cast to float32, but by TRL's trainers, which leave it as it is.
+    rest = 4.0 if four_bit else width
+    weights = packed * _FOUR_BITS + (size.parameters - adapters - packed) * rest + adapters * 4
     gradients = size.trained * (4 if adapters else width)
     # Embeddings, which are looked up and not multiplied, are copied only where they are the head as well.
     copied = 2.0 * (size.linear + size.vocabulary * size.hidden) if autocast and width == 4 else 0.0
     if processes > 1:
         # Two blocks are gathered at a time, the one that computes and the next; embeddings and head stay gathered.
-        rest = size.parameters - adapters - size.linear
-        copied = 2.0 * (2 * size.linear / size.layers + rest)
+        outside = size.parameters - adapters - size.linear
+        copied = 2.0 * (2 * size.linear / size.layers + outside)
     if activations is None:
         activations = _activations(size, tokens, width, checkpointing)
         activations += _PER_LOGIT * size.vocabulary * (tokens if whole_logits else min(tokens, 1024))
