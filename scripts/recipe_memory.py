@@ -7,6 +7,7 @@ The models are built on the meta device from the numbers below, which take no me
 down from the models' published configurations; that their parameters add up to the published counts is tested.
 """
 
+import functools
 import re
 import sys
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ BEGIN, END = "<!-- recipes: begin -->", "<!-- recipes: end -->"
 _SMOL = {"vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 _QWEN3 = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 32768}
 
-# The last part of a model's Hub name without "-Instruct" or "-Base": its architecture, and its published size.
+# By `short` name: the architecture, and the published number of parameters.
 ARCHITECTURES: dict[str, tuple[PreTrainedConfig, float]] = {
     "SmolLM2-135M": (
         LlamaConfig(
@@ -98,7 +99,8 @@ ARCHITECTURES: dict[str, tuple[PreTrainedConfig, float]] = {
     ),
 }  # fmt: skip
 
-_LOADERS = {
+# The class of model for each task.
+LOADERS = {
     "causal_lm": AutoModelForCausalLM,
     "chat": AutoModelForCausalLM,
     "preference": AutoModelForCausalLM,
@@ -136,10 +138,9 @@ class Figures:
         ]
 
 
-def architecture(recipe: Recipe) -> PreTrainedConfig:
-    """The configuration of the recipe's real model."""
-    name = recipe.model.model_name_or_path.rpartition("/")[2]
-    return ARCHITECTURES[name.removesuffix("-Instruct").removesuffix("-Base")][0]
+def short(hub_name: str) -> str:
+    """The last part of a model's name on the Hub, of whatever form of it: a key of `ARCHITECTURES`."""
+    return hub_name.rpartition("/")[2].removesuffix("-Instruct").removesuffix("-Base")
 
 
 def shipped() -> list[Path]:
@@ -162,7 +163,7 @@ def figures(path: Path) -> Figures:
     state = state_bytes(str(getattr(args.optim, "value", args.optim)), args.optim_args)
     if recipe.bloop.aux_dataset:
         state += 4 if recipe.bloop.ema_dtype == "float32" else 2  # Bloop's average of main gradients
-    config = architecture(recipe)
+    config = ARCHITECTURES[short(recipe.model.model_name_or_path)][0]
     options: dict[str, Any] = {
         "state": state,
         "dtype": recipe.model.model_dtype,
@@ -177,7 +178,7 @@ def figures(path: Path) -> Figures:
         "image_classification": _TOKENS_OF_A_PICTURE,
     }.get(task) or args.max_length
     sequences = 2 if task == "preference" else 1
-    size = _size(recipe, config)
+    size = _size(recipe)
     memory = estimate(
         size,
         tokens=sequences * batch * length,
@@ -194,19 +195,26 @@ def figures(path: Path) -> Figures:
     return Figures(processes, memory, took, utilisation)
 
 
-def _size(recipe: Recipe, config: PreTrainedConfig) -> Size:
-    task, peft = recipe.model.task, recipe.peft
+def _size(recipe: Recipe) -> Size:
+    """The real model of a recipe, counted; recipes with equal adapters share it."""
+    peft = recipe.peft
+    adapters = (peft.lora_r, tuple(peft.lora_target_modules), tuple(peft.lora_modules_to_save)) if peft.lora else None
+    return _counted(short(recipe.model.model_name_or_path), recipe.model.task, adapters)
+
+
+@functools.cache
+def _counted(name: str, task: str, adapters: tuple[int, tuple[str, ...], tuple[str, ...]] | None) -> Size:
     with torch.device("meta"):
-        model = _LOADERS[task].from_config(config)
-        if peft.lora:
-            targets = peft.lora_target_modules
-            adapters = LoraConfig(
+        model = LOADERS[task].from_config(ARCHITECTURES[name][0])
+        if adapters is not None:
+            rank, targets, saved = adapters
+            config = LoraConfig(
                 task_type={"sequence_classification": "SEQ_CLS", "image_classification": None}.get(task, "CAUSAL_LM"),
-                r=peft.lora_r,
-                target_modules="all-linear" if targets == ["all-linear"] else targets,
-                modules_to_save=peft.lora_modules_to_save or None,
+                r=rank,
+                target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+                modules_to_save=list(saved) or None,
             )
-            model = get_peft_model(model, adapters)
+            model = get_peft_model(model, config)
     return Size.of(model)
 
 
