@@ -118,7 +118,7 @@ class Figures:
         processes: over how many GPUs the header's command shards the model.
         memory: of one device.
         minutes: on so many H100, at `utilisation` of their peak.
-        utilisation: 0.4 for language models, half that for small ones, whose kernels are short; a tenth for classifiers.
+        utilisation: 0.4 for language models, half of it for small ones, whose kernels are short; 0.1 for classifiers.
     """
 
     processes: int

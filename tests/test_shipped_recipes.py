@@ -1,11 +1,10 @@
-"""Every shipped recipe runs: down to an optimizer step with its own optimizer, adapters and arguments on a tiny model of
-the same architecture, and one of each kind to the end.
+"""Every shipped recipe runs: to its first steps with its own optimizer, adapters and arguments on a tiny model of the same
+architecture, and one of each kind to the end.
 
-Overridden are places (model, data, output), sizes (batch, length, number of examples and steps) and what is written while
-training. All else is the recipe's, and is looked for in the trainer.
+Overridden are places (model, data, output), sizes (batch, length, number of examples and steps) and what is written
+while training. All else is the recipe's, and is looked for in the trainer.
 """
 
-import copy
 import importlib
 import re
 import sys
@@ -21,10 +20,8 @@ import yaml
 from PIL import Image
 from torch import nn
 from transformers import (
-    BertTokenizerFast,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
-    ResNetConfig,
     ViTImageProcessor,
 )
 
