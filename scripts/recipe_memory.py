@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +24,7 @@ from transformers import (
     LlamaConfig,
     ModernBertConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen3Config,
     ResNetConfig,
     ViTConfig,
@@ -128,7 +128,7 @@ class Figures:
 
     def lines(self) -> list[str]:
         """The header's two lines."""
-        each = f", on each of {self.processes} GPUs" if self.processes > 1 else ""
+        each = f" a GPU of {self.processes}" if self.processes > 1 else ""
         where = f"{self.processes} H100" if self.processes > 1 else "one H100"
         time = f"about {self.minutes:.0f} minutes" if self.minutes >= 1.5 else "about a minute"
         return [
@@ -196,26 +196,18 @@ def figures(path: Path) -> Figures:
 
 
 def _size(recipe: Recipe) -> Size:
-    """The real model of a recipe, counted; recipes with equal adapters share it."""
-    peft = recipe.peft
-    adapters = (peft.lora_r, tuple(peft.lora_target_modules), tuple(peft.lora_modules_to_save)) if peft.lora else None
-    return _counted(short(recipe.model.model_name_or_path), recipe.model.task, adapters)
+    """The real model of a recipe, counted."""
+    model, peft = _model(short(recipe.model.model_name_or_path), recipe.model.task), recipe.peft
+    if not peft.lora:
+        return Size.of(model)
+    heads = ["classifier"] if recipe.model.task.endswith("classification") else []
+    return Size.of(model, peft.lora_r, peft.lora_target_modules, [*peft.lora_modules_to_save, *heads])
 
 
 @functools.cache
-def _counted(name: str, task: str, adapters: tuple[int, tuple[str, ...], tuple[str, ...]] | None) -> Size:
+def _model(name: str, task: str) -> PreTrainedModel:
     with torch.device("meta"):
-        model = LOADERS[task].from_config(ARCHITECTURES[name][0])
-        if adapters is not None:
-            rank, targets, saved = adapters
-            config = LoraConfig(
-                task_type={"sequence_classification": "SEQ_CLS", "image_classification": None}.get(task, "CAUSAL_LM"),
-                r=rank,
-                target_modules="all-linear" if targets == ("all-linear",) else list(targets),
-                modules_to_save=list(saved) or None,
-            )
-            model = get_peft_model(model, config)
-    return Size.of(model)
+        return LOADERS[task].from_config(ARCHITECTURES[name][0])
 
 
 def _convolutional(config: ResNetConfig, batch: int, examples: int, options: dict[str, Any]) -> Figures:

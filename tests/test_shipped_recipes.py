@@ -1,5 +1,5 @@
-"""Every shipped recipe runs: to its first steps with its own optimizer, adapters and arguments on a tiny model of the same
-architecture, and one of each kind to the end.
+"""Every shipped recipe runs: to its first steps with its own optimizer, adapters and arguments on a tiny model of the
+same architecture, and one of each kind to the end.
 
 Overridden are places (model, data, output), sizes (batch, length, number of examples and steps) and what is written
 while training. All else is the recipe's, and is looked for in the trainer.
