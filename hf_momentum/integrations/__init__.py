@@ -2,6 +2,7 @@
 
 from hf_momentum.integrations.factory import create_optimizer, decay_groups, optimizer_cls_and_kwargs
 from hf_momentum.integrations.registry import OPTIMIZERS, Argument, OptimizerSpec, get_spec
+from hf_momentum.integrations.registration import load_plugins, register
 
 __all__ = [
     "OPTIMIZERS",
@@ -10,5 +11,7 @@ __all__ = [
     "create_optimizer",
     "decay_groups",
     "get_spec",
+    "load_plugins",
     "optimizer_cls_and_kwargs",
+    "register",
 ]
