@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from hf_momentum import OptimizerSpec, register
 from hf_momentum.optim import MomentumOptimizer
 from hf_momentum.optim.arguments import check_bool, check_real
 from hf_momentum.optim.step import Step
-from torch import Tensor
 
 # ---- the mathematics: a pure function on lists of tensors, which knows nothing of groups, processes or devices -------
 

@@ -2,11 +2,12 @@
 
 import copy
 
-import hf_momentum
 import pytest
 import torch
 from my_optimizer import Signum
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import hf_momentum
 
 D = torch.float64
 

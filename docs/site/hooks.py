@@ -1,4 +1,4 @@
-"""What makes pages that are written for GitHub's Markdown read the same on the site; MkDocs calls `on_page_markdown`."""
+"""What makes pages written for GitHub's Markdown read the same on the site; MkDocs calls `on_page_markdown`."""
 
 import os
 import re

@@ -41,7 +41,7 @@ def register(spec: OptimizerSpec) -> OptimizerSpec:
         >>> register(OptimizerSpec("tam", Slow, "Plain SGD.", "", adam_arguments=False))
         Traceback (most recent call last):
         ...
-        hf_momentum.errors.InputError: an optimizer 'tam' is there already (hf_momentum.optim.tam.TAM); take another name
+        hf_momentum.errors.InputError: an optimizer 'tam' is there already (hf_momentum.optim.tam.TAM); ...
     """
     _check_name(spec.name)
     _check_class(spec)
