@@ -11,6 +11,7 @@ from hf_momentum.errors import InputError, TrainingStopped, nearest
 
 # Each is the module of that name in commands/, imported when it is asked for, and its line in the help.
 COMMANDS = {
+    "init": "write a recipe for your own model and data",
     "train": "run a recipe and write its report",
     "evaluate": "score a model on a suite of splits",
     "compare": "compare tuned optimizers over seeds",
