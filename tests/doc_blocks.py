@@ -158,6 +158,8 @@ WORK = {
     "repair": ["hf_momentum.training.repair.repair", "hf_momentum.training.repair_baselines.run"],
     "export": ["hf_momentum.training.export.export"],
     "run": ["hf_momentum.run.run"],
+    "push": ["hf_momentum.training.hub.push"],
+    "init": [],
     "optimizers": [],
 }
 
@@ -185,6 +187,8 @@ def _rehearse_ours(words: list[str]) -> None:
     from hf_momentum.cli import COMMANDS
 
     name, *rest = words
+    if name == "init" and "--force" not in rest:
+        rest.append("--force")  # several pages write one recipe
     assert name in COMMANDS, f"there is no command {name!r}; there are {list(COMMANDS)}"
     module = importlib.import_module(f"hf_momentum.commands.{name}")
     if name not in WORK:
