@@ -8,7 +8,6 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
 
-_FENCE = re.compile(r"^(```|~~~)")
 _ITEM = re.compile(r"^(\s*)([-*]|\d+\.) ")
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 _SHOWN = re.compile(r"^<!-- show (\S+) -->$")
@@ -37,35 +36,35 @@ def for_site(markdown: str, folder: Path) -> str:
         'the rule (hf_momentum/errors.py), [a page](start.md)'
     """
     lines: list[str] = []
-    fenced = in_list = False
+    fence: int | None = None  # spaces before the fence that is open
+    in_list = after_fence = False
     for line in markdown.splitlines():
-        if _FENCE.match(line):
-            fenced, in_list = not fenced, False
-            lines.append(line)
-            continue
-        if fenced:
-            lines.append(line)
-            continue
-        item = _ITEM.match(line)
-        if item and not item[1] and not in_list and lines and lines[-1].strip():
-            lines.append("")
-        if line.strip() and not line.startswith(" "):
-            # A line that goes on lazily belongs to the item before it; only after an empty line does it end the list.
-            in_list = bool(item) or (in_list and bool(lines[-1].strip()))
-        shown = _SHOWN.match(line)
-        if shown:
+        spaces = len(line) - len(line.lstrip(" "))
+        shown, item = _SHOWN.match(line), _ITEM.match(line)
+        if line.lstrip().startswith("```"):
+            in_list = in_list and spaces > 0
+            fence, after_fence = (spaces, False) if fence is None else (None, True)
+            lines.append(" " * _deeper(spaces, in_list) + line.lstrip(" "))
+        elif fence is not None:
+            lines.append(" " * (_deeper(fence, in_list) - fence) + line if line.strip() else line)
+        elif shown:
             lines += ["```python", (DOCS / shown[1]).read_text(encoding="utf-8").rstrip(), "```"]
-            continue
-        lines.append(_LINK.sub(lambda link: _on_the_site(link, folder), _indented(line, in_list)))
+        else:
+            above = lines[-1] if lines else ""
+            if item and above.strip() and (after_fence or not (in_list or spaces)):
+                lines.append("")
+            if line.strip() and not spaces:
+                # A line that goes on lazily belongs to the item above it; after an empty line it ends the list.
+                in_list = bool(item) or (in_list and bool(above.strip()))
+            after_fence = False
+            text = re.sub(r"\\$", "  ", line.lstrip(" "))
+            lines.append(" " * _deeper(spaces, in_list) + _LINK.sub(lambda link: _on_the_site(link, folder), text))
     return "\n".join(lines)
 
 
-def _indented(line: str, in_list: bool) -> str:
-    broken = re.sub(r"\\$", "  ", line)
-    stripped = broken.lstrip(" ")
-    spaces = len(broken) - len(stripped)
-    # Items of `-` are continued by two spaces and those of `1.` by three.
-    return " " * (4 * ((spaces + 1) // 2 if spaces % 3 else spaces // 3)) + stripped if in_list and spaces else broken
+def _deeper(spaces: int, in_list: bool) -> int:
+    """Items of `-` are continued by two spaces and those of `1.` by three; Python-Markdown wants four."""
+    return 4 * ((spaces + 2) // 3) if in_list else spaces
 
 
 def _on_the_site(link: re.Match[str], folder: Path) -> str:
