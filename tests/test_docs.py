@@ -232,6 +232,9 @@ GITHUBS = """Text
   1. deeper
      still
 
+  a paragraph of it
+- the last
+
 > m = 1\\
 > w = 2
 
@@ -250,7 +253,9 @@ def test_the_site_shows_what_github_shows(hooks):
     html = markdown.markdown(hooks.for_site(GITHUBS, DOCS), extensions=["tables", "sane_lists", "pymdownx.superfences"])
     first = html[html.index("<ul>") : html.index("</ul>")]
     assert "<table>" in first and "one\n  two" in re.sub("<.*?>", "", first) and html.count("<ul>") == 1
-    assert re.search(r"<ol>\s*<li>deeper\s+still</li>\s*</ol>\s*</li>\s*</ul>", html)
+    assert re.search(
+        r"<li>deeper\s+still</li>\s*</ol>\s*<p>a paragraph of it</p>\s*</li>\s*<li>\s*<p>the last</p>", html
+    )
     assert re.search(r"m = 1\s*<br ?/>\s*w = 2", html)
     assert "if x:\n  - y" in re.sub("<.*?>", "", html)
     assert re.search(r"<li>first\s+more</li>", html)

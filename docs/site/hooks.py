@@ -37,7 +37,7 @@ def for_site(markdown: str, folder: Path) -> str:
     """
     lines: list[str] = []
     fence: int | None = None  # spaces before the fence that is open
-    in_list = after_fence = False
+    in_list = after_fence = loose = False  # loose: the item has an empty line in it
     for line in markdown.splitlines():
         spaces = len(line) - len(line.lstrip(" "))
         shown, item = _SHOWN.match(line), _ITEM.match(line)
@@ -51,8 +51,9 @@ def for_site(markdown: str, folder: Path) -> str:
             lines += ["```python", (DOCS / shown[1]).read_text(encoding="utf-8").rstrip(), "```"]
         else:
             above = lines[-1] if lines else ""
-            if item and above.strip() and (after_fence or not (in_list or spaces)):
+            if item and above.strip() and (after_fence or (not spaces and (loose or not in_list))):
                 lines.append("")
+            loose = in_list and (not line.strip() or (loose and spaces > 0))
             if line.strip() and not spaces:
                 # A line that goes on lazily belongs to the item above it; after an empty line it ends the list.
                 in_list = bool(item) or (in_list and bool(above.strip()))
@@ -72,5 +73,5 @@ def _on_the_site(link: re.Match[str], folder: Path) -> str:
     if target.is_relative_to(DOCS):
         return link[0]
     place = target.relative_to(ROOT).as_posix()
-    named = text.strip("`")
+    named = text.strip("`/")
     return text if place.endswith(named) else f"{text} ({place})"
