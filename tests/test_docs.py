@@ -216,6 +216,7 @@ def test_the_hooks_own_examples(hooks):
     assert found.attempted > 1 and not found.failed
 
 
+EXTENSIONS = ["tables", "sane_lists", "md_in_html", "pymdownx.superfences"]
 GITHUBS = """Text
 - an item that
   goes on
@@ -245,12 +246,20 @@ if x:
 
 1. first
    more
+
+<details><summary>more</summary>
+
+| c |
+|---|
+| 3 |
+
+</details>
 """
 
 
 def test_the_site_shows_what_github_shows(hooks):
     """Lists with tables and code in them, lists right below a line, and lines of formulas."""
-    html = markdown.markdown(hooks.for_site(GITHUBS, DOCS), extensions=["tables", "sane_lists", "pymdownx.superfences"])
+    html = markdown.markdown(hooks.for_site(GITHUBS, DOCS), extensions=EXTENSIONS)
     first = html[html.index("<ul>") : html.index("</ul>")]
     assert "<table>" in first and "one\n  two" in re.sub("<.*?>", "", first) and html.count("<ul>") == 1
     assert re.search(
@@ -259,7 +268,8 @@ def test_the_site_shows_what_github_shows(hooks):
     assert re.search(r"m = 1\s*<br ?/>\s*w = 2", html)
     assert "if x:\n  - y" in re.sub("<.*?>", "", html)
     assert re.search(r"<li>first\s+more</li>", html)
-    plain = markdown.markdown(GITHUBS, extensions=["tables", "sane_lists", "pymdownx.superfences"])
+    assert re.search(r"<details>\s*<summary>more</summary>\s*<table>.*</table>\s*</details>", html, re.DOTALL)
+    plain = markdown.markdown(GITHUBS, extensions=EXTENSIONS)
     assert "<ul>" not in plain, "without the hook it is otherwise"
 
 
@@ -272,6 +282,18 @@ def build(config: Path, site: Path) -> subprocess.CompletedProcess[str]:
 _LOADED = re.compile(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"?([^\" >]+)|<link\b[^>]*\bhref=\"?([^\" >]+)")
 
 
+def unformatted(html: str) -> list[str]:
+    """Lines of a page that are still Markdown: lists, tables, headings and fences that were taken for text."""
+    text = re.sub(r"<pre\b.*?</pre>", "", html.partition("<article")[2].partition("</article>")[0], flags=re.DOTALL)
+    lines = [re.sub("<[^>]*>", "", line).strip() for line in text.splitlines()]
+    return [line for line in lines if re.match(r"(- |\d+\. |\| |#+ |```)", line)]
+
+
+def test_markdown_in_the_text_of_a_page_would_be_seen():
+    assert unformatted("<article><p>Two:\n- <b>a</b></p></article>") == ["- a"]
+    assert not unformatted("<article><ul>\n<li>a</li></ul><pre>- b\n- c</pre></article>- d")
+
+
 def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
     done = build(ROOT / "mkdocs.yml", tmp_path / "site")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -281,6 +303,7 @@ def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tm
     for page in made:
         for pair in _LOADED.findall(page.read_text(encoding="utf-8")):
             assert not foreign.match("".join(pair)), f"{page.name} loads {''.join(pair)}"
+        assert not unformatted(page.read_text(encoding="utf-8")), f"{page} has Markdown in its text"
     api = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
     assert "Examples:" in api and "hf_momentum.register" in api
 

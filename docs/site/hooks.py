@@ -22,6 +22,7 @@ def for_site(markdown: str, folder: Path) -> str:
     r"""A page of `folder` in Python-Markdown's dialect.
 
     - Contents of lists are indented by four spaces, and a list begins after an empty line.
+    - What is folded is Markdown.
     - A backslash at the end of a line breaks it.
     - Links to files that are not on the site become their names.
     - `<!-- show FILE -->` becomes the text of a file of docs/.
@@ -58,7 +59,7 @@ def for_site(markdown: str, folder: Path) -> str:
                 # A line that goes on lazily belongs to the item above it; after an empty line it ends the list.
                 in_list = bool(item) or (in_list and bool(above.strip()))
             after_fence = False
-            text = re.sub(r"\\$", "  ", line.lstrip(" "))
+            text = re.sub(r"\\$", "  ", line.lstrip(" ")).replace("<details>", '<details markdown="1">')
             lines.append(" " * _deeper(spaces, in_list) + _LINK.sub(lambda link: _on_the_site(link, folder), text))
     return "\n".join(lines)
 
