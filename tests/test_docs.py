@@ -17,7 +17,7 @@ import yaml
 from hf_momentum import BloopArguments
 from hf_momentum.evaluation.suite import read_suite
 from hf_momentum.integrations import OPTIMIZERS
-from tests.doc_blocks import DOCS, ROOT, Block, blocks_of, every_block, furnish, pages
+from tests.doc_blocks import DOCS, FOREIGN, ROOT, Block, blocks_of, commands_of, every_block, furnish, pages
 
 BLOCKS = {block.name: block for block in every_block()}
 
@@ -117,6 +117,8 @@ def test_every_block_is_run_or_listed_with_a_reason():
     others = {name for name, block in BLOCKS.items() if block.language not in ("python", "bash")}
     assert others == {*SUITES, *SHOWN}
     assert set(NOT_RUN) <= set(BLOCKS)
+    bash = [block for block in BLOCKS.values() if block.language == "bash"]
+    assert set(FOREIGN) <= {words[0] for block in bash for words in commands_of(block.text)}
 
 
 def test_blocks_are_found_in_lists_and_counted_by_language():
@@ -125,6 +127,22 @@ def test_blocks_are_found_in_lists_and_counted_by_language():
         ("p bash 1", "x\n  y\n"),
         ("p python 1", "z\n"),
         ("p bash 2", "w\n"),
+    ]
+
+
+def test_commands_are_found_in_lines_pipes_and_substitutions():
+    text = (
+        'A=1 hf-momentum train --optim_args "a=1,b=2" \\\n  --lr 1 > log.txt  # comment\n'
+        'eval "$(hf-momentum completion bash)"\nhf-momentum schema | head && make test\ncd there\n'
+        "hf-momentum repair --group early='*.[01].*' --data 'a.csv@train[:80%]' x=a.jsonl@train[90%:]\n"
+    )
+    assert commands_of(text) == [
+        ["hf-momentum", "train", "--optim_args", "a=1,b=2", "--lr", "1"],
+        ["hf-momentum", "completion", "bash"],
+        ["hf-momentum", "schema"],
+        ["head"],
+        ["make", "test"],
+        ["hf-momentum", "repair", "--group", "early=*.[01].*", "--data", "a.csv@train[:80%]", "x=a.jsonl@train[90%:]"],
     ]
 
 
