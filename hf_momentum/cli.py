@@ -23,6 +23,8 @@ COMMANDS = {
     "export": "write a checkpoint as a plain folder",
     "doctor": "check this installation, and say what will be refused",
     "optimizers": "list the optimizers and their arguments",
+    "schema": "print the JSON schema of recipes, for editors",
+    "completion": "print what a shell needs to complete our words",
 }
 
 
