@@ -28,9 +28,7 @@ command, given again, repeats only what was not finished. Any field of a recipe 
 
 def parser() -> argparse.ArgumentParser:
     """Its options."""
-    made = command_parser(
-        "compare", HELP, usage="%(prog)s --config RECIPE --optim NAMES --output_dir OUT [options] [--field value ...]"
-    )
+    made = command_parser("compare", HELP, usage="%(prog)s --config RECIPE --optim NAMES --output_dir OUT [options]")
     made.add_argument("--config", metavar="RECIPE", required=True, help="a YAML file, or a shipped recipe's name")
     made.add_argument("--optim", metavar="NAMES", required=True, help="optimizers with commas, the baseline first")
     made.add_argument("--trials", metavar="N", type=int, default=6, help="learning rates of each grid (%(default)s)")

@@ -91,7 +91,9 @@ def command_parsers() -> dict[str, tuple[str, argparse.ArgumentParser]]:
 def _whole_parser(file: Mapping[str, str], names: Mapping[str, Sequence[str]]) -> argparse.ArgumentParser:
     """All commands with their options, and the fields of recipes where they are taken, as one parser."""
     from hf_momentum.integrations import OPTIMIZERS
+    from hf_momentum.training import recipe
 
+    fields = recipe.parser()._actions
     shipped = {
         "config": _shipped("recipes", names["recipes"], file),
         "accelerate_config": _shipped("accelerate_configs", names["accelerate_configs"], file),
@@ -105,7 +107,7 @@ def _whole_parser(file: Mapping[str, str], names: Mapping[str, Sequence[str]]) -
         own.description = line
         taken = {option for action in made._actions for option in action.option_strings}
         if name in _WITH_FIELDS:
-            _add_fields(own, taken)
+            _add_fields(own, fields, taken)
         for action in own._actions:
             action.help = _short(action.help)
             if action.dest == "optim" and action.choices is None:
@@ -117,10 +119,8 @@ def _whole_parser(file: Mapping[str, str], names: Mapping[str, Sequence[str]]) -
     return whole
 
 
-def _add_fields(own: argparse.ArgumentParser, taken: set[str]) -> None:
-    from hf_momentum.training import recipe
-
-    for action in recipe.parser()._actions:
+def _add_fields(own: argparse.ArgumentParser, fields: Sequence[argparse.Action], taken: set[str]) -> None:
+    for action in fields:
         option = f"--{action.dest}"
         if action.dest != "help" and option in action.option_strings and option not in taken:
             choices = None if action.choices is None else [str(choice) for choice in action.choices]

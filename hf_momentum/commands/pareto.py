@@ -25,9 +25,7 @@ data_seed can be given as --field value. Exit status 1: a run failed."""
 
 def parser() -> argparse.ArgumentParser:
     """Its options."""
-    made = command_parser(
-        "pareto", HELP, usage="%(prog)s --config RECIPE --output_dir OUT [options] [--field value ...]"
-    )
+    made = command_parser("pareto", HELP, usage="%(prog)s --config RECIPE --output_dir OUT [options]")
     made.add_argument("--config", metavar="RECIPE", required=True, help="a YAML file, or a shipped recipe's name")
     made.add_argument("--surgeries", metavar="NAMES", default="bloop,mixed,pcgrad,replay", help="(%(default)s)")
     made.add_argument("--lambdas", metavar="WEIGHTS", default="0.01,0.1,1", help="(%(default)s)")

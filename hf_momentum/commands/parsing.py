@@ -38,7 +38,8 @@ class OneLineParser(argparse.ArgumentParser):
         finally:
             for action, words in hidden.items():
                 action.help = words
-        return f"{text}\n{self.prog} --help-all also has: {'; '.join(str(group.title) for group in self._more)}\n"
+        titles = "; ".join(str(group.title) for group in self._more)
+        return f"{text}\n{self.prog} --help-all also has:\n  {titles}\n"
 
     def error(self, message: str) -> NoReturn:
         """Raise InputError where argparse would print its usage and exit."""

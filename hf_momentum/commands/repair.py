@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--shares", metavar="LIST", default="0.25,0.5,0.75,1", help="of new weights (%(default)s)")
     how.add_argument("--alpha", metavar="P", type=float, default=0.05, help="of the decision (%(default)s)")
     how.add_argument("--keep_checkpoints", action="store_true", help="of the training, when it is over")
-    others = made.add_more("is the diagnosis worth anything?")
+    others = made.add_more("comparison with other choices")
     others.add_argument("--baselines", action="store_true", help="train other choices too, and compare")
     others.add_argument("--seeds", metavar="N", type=int, default=5, help="from the seed on (%(default)s)")
     others.add_argument("--learning_rates", metavar="LIST", default="", help="over which validation tunes each way")

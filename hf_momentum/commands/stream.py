@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     made = command_parser(
         "stream",
         HELP,
-        usage="%(prog)s --config RECIPE --domains D [D ...] --eval D [D ...] --output_dir OUT [options]",
+        usage="%(prog)s --config RECIPE --domains D ... --eval D ... --output_dir OUT [options]",
     )
     entry = "NAME=SOURCE@SPLIT"
     made.add_argument("--config", metavar="RECIPE", required=True, help="a YAML file, or a shipped recipe's name")

@@ -5,29 +5,41 @@ from typing import Any, get_args, get_type_hints
 
 import transformers
 
-from hf_momentum.training.recipe import RecipeParser, parser
+from hf_momentum.errors import InputError
+from hf_momentum.training.arguments import TRL_TASKS
+from hf_momentum.training.recipe import dataclasses_of, parser
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 _NUMBERS = {int: "integer", float: "number"}
 
 
-def recipe_schema(made: RecipeParser | None = None) -> dict[str, Any]:
+def recipe_schema() -> dict[str, Any]:
     """What a recipe may say: each field with its type, choices, default and help, and no field beside.
 
-    Args:
-        made: the parser of the fields; that of all recipes unless given.
+    Fields of TRL's are allowed for the tasks that TRL trains; without TRL they are left out.
 
     Example:
         >>> schema = recipe_schema()
         >>> schema["properties"]["lora_r"]["type"], schema["additionalProperties"]
         ('integer', False)
     """
-    made = parser() if made is None else made
-    hints: dict[str, Any] = {}
-    for cls in made.dataclass_types:
-        hints |= get_type_hints(cls)
-    fields = {action.dest: _field(action, hints.get(action.dest)) for action in made._actions if _names_a_field(action)}
+    fields = _fields("causal_lm")
+    common = set(fields)
+    only: dict[str, list[str]] = {}
+    for task in TRL_TASKS:
+        try:
+            added = {name: value for name, value in _fields(task).items() if name not in common}
+        except InputError:
+            continue
+        for name, value in added.items():
+            fields.setdefault(name, value)
+            only.setdefault(name, []).append(task)
+    rules = []
+    for tasks in sorted(set(map(tuple, only.values()))):
+        names = sorted(name for name, allowed in only.items() if tuple(allowed) == tasks)
+        asked = {"properties": {"task": {"enum": list(tasks)}}, "required": ["task"]}
+        rules.append({"if": asked, "else": {"properties": dict.fromkeys(names, False)}})
     return {
         "$schema": DIALECT,
         "$comment": f"written by `hf-momentum schema` with transformers {transformers.__version__}",
@@ -35,7 +47,16 @@ def recipe_schema(made: RecipeParser | None = None) -> dict[str, Any]:
         "type": "object",
         "properties": fields,
         "additionalProperties": False,
+        "allOf": rules,
     }
+
+
+def _fields(task: str) -> dict[str, Any]:
+    made = parser(task)
+    hints: dict[str, Any] = {}
+    for cls in dataclasses_of(task):
+        hints |= get_type_hints(cls)
+    return {action.dest: _field(action, hints.get(action.dest)) for action in made._actions if _names_a_field(action)}
 
 
 def _names_a_field(action: Action) -> bool:
