@@ -52,7 +52,7 @@ def here(tmp_path, monkeypatch) -> Path:
 def encoder(tmp_path_factory) -> str:
     """A Bert of two layers, and a tokenizer of whole words."""
     folder = tmp_path_factory.mktemp("encoder")
-    words = "[PAD] [UNK] great lovely superb awful boring poor film of the year".split()
+    words = ["[PAD]", "[UNK]", "great", "lovely", "superb", "awful", "boring", "poor", "film", "of", "the", "year"]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
