@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def main(words: Sequence[str]) -> int:
             out=out,
         )
         choose = (lambda flag, names: ask_one(flag, names, input)) if asks else look.refuse
-        with quiet():
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers' own, about names of its own
             proposal = new_recipe.propose(wish, hardware.find_hardware(), choose)
             proposal.write(known.force)
         return answer.give(
