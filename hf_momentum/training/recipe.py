@@ -188,6 +188,7 @@ def load_recipe(config: str | None = None, overrides: Sequence[str] = ()) -> Rec
         raise InputError(f"unknown argument {unknown[0]!r}{nearest(flag, fields)}")
     given = {**words, **_overridden(overrides)}
     given.pop("resume_from_checkpoint", None)  # how this run came about, not what it is
+    given.pop("hub_token", None)  # a recipe is written to files that others read
     recipe = Recipe(name, given, *arguments)
     _check(recipe)
     return recipe
