@@ -24,6 +24,8 @@ COMMANDS = {
     "push": "push a run or a checkpoint to the Hub",
     "doctor": "check this installation, and say what will be refused",
     "optimizers": "list the optimizers and their arguments",
+    "schema": "print the JSON schema of recipes, for editors",
+    "completion": "print what a shell needs to complete our words",
 }
 
 

@@ -225,6 +225,7 @@ def recipe(config: str, overrides: list[str]) -> Iterator[Finding]:
 def _model(loaded: Any) -> Iterator[Finding]:
     from transformers import AutoConfig
 
+    from hf_momentum.training.arguments import TRL_TASKS
     from hf_momentum.training.fitting import sizes_of
     from hf_momentum.training.hardware import find_hardware
     from hf_momentum.training.memory import estimate, state_bytes
@@ -253,12 +254,15 @@ def _model(loaded: Any) -> Iterator[Finding]:
     if size is None:
         yield Finding("recipe", name, "ok", "its config can be read; its memory is not known for this architecture")
         return
+    trl = loaded.model.task in TRL_TASKS
+    length = (training.max_length or loaded.data.block_size) if trl else loaded.data.block_size
     needed = estimate(
         size,
-        tokens=training.per_device_train_batch_size * loaded.data.block_size,
+        tokens=training.per_device_train_batch_size * length,
         state=state,
         dtype="float32" if loaded.model.model_dtype == "auto" else loaded.model.model_dtype,
         autocast=training.bf16 or training.fp16,
+        four_bit=loaded.model.load_in_4bit,
         checkpointing=training.gradient_checkpointing,
     )
     fits = needed.total <= hardware.memory

@@ -13,9 +13,11 @@ forgetting, in time and in memory. Each is tuned with the same number of runs on
 rates that is widened until its best point is interior; then each runs at its best one with new seeds.
 
 examples:
-  hf-momentum compare --config sentiment_minilm --optim adamw_torch,tam,adatamw,vradam --trials 6 --seeds 5 \
+  hf-momentum compare --config sentiment_minilm --optim adamw_torch,tam,adatamw,vradam \\
+    --trials 6 --seeds 5 \
     --controls frozen_gate,matched_lr --output_dir outputs/comparison
-  hf-momentum compare --config quickstart --optim adamw_torch,tam --dry-run --output_dir outputs/comparison \
+  hf-momentum compare --config quickstart --optim adamw_torch,tam --dry-run \\
+    --output_dir outputs/comparison \
     --validation_dataset stdlib:code@validation
 
 The first optimizer is the baseline. Runs are kept in OUT/runs.db, or in any database: --storage
@@ -26,7 +28,7 @@ command, given again, repeats only what was not finished. Any field of a recipe 
 
 def parser() -> argparse.ArgumentParser:
     """Its options."""
-    made = command_parser("compare", HELP)
+    made = command_parser("compare", HELP, usage="%(prog)s --config RECIPE --optim NAMES --output_dir OUT [options]")
     made.add_argument("--config", metavar="RECIPE", required=True, help="a YAML file, or a shipped recipe's name")
     made.add_argument("--optim", metavar="NAMES", required=True, help="optimizers with commas, the baseline first")
     made.add_argument("--trials", metavar="N", type=int, default=6, help="learning rates of each grid (%(default)s)")

@@ -12,9 +12,12 @@ Find the layer groups to which a model's own errors point: the gradient of the m
 by group, beside that over what it has right and that of a model with random weights.
 
 examples:
-  hf-momentum diagnose --model outputs/sentiment_minilm --data products.jsonl@train --output_dir outputs/diagnosis
-  hf-momentum diagnose --model outputs/quickstart --data stdlib:code@validation --split parts --top 4
-  hf-momentum diagnose --model mine --data failed.csv --against passed.csv --group early='*.layer.[01].*'
+  hf-momentum diagnose --model outputs/sentiment_minilm --data products.jsonl@train \\
+    --output_dir outputs/diagnosis
+  hf-momentum diagnose --model outputs/quickstart --data stdlib:code@validation --split parts \\
+    --top 4
+  hf-momentum diagnose --model mine --data failed.csv --against passed.csv \\
+    --group early='*.layer.[01].*'
   hf-momentum diagnose --accelerate_config fsdp2 --num_processes 8 --model mine --data hard.jsonl
 
 MODEL is a Hub name, a folder, PEFT adapters, or a checkpoint of a run under any launch. It is not changed. Exit status

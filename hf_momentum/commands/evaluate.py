@@ -11,11 +11,14 @@ HELP = """\
 Score a model on every split of a suite: in distribution, under shift, on corrupted rows, on what it must not forget.
 
 examples:
-  hf-momentum evaluate --model outputs/quickstart --suite stdlib --output_dir outputs/quickstart_stdlib
+  hf-momentum evaluate --model outputs/quickstart --suite stdlib \\
+    --output_dir outputs/quickstart_stdlib
   hf-momentum evaluate --model outputs/mine/checkpoint-400 --base my-base --suite suites/mine.yaml
-  hf-momentum evaluate --model outputs/sentiment_minilm --suite reviews --source movies=movies_test.jsonl \\
+  hf-momentum evaluate --model outputs/sentiment_minilm --suite reviews \\
+    --source movies=movies_test.jsonl \\
     --source products=products_test.jsonl --source news=news_test.jsonl
-  hf-momentum evaluate --model mine --suite reviews --baselines outputs/a/report.json outputs/b/report.json
+  hf-momentum evaluate --model mine --suite reviews \\
+    --baselines outputs/a/report.json outputs/b/report.json
 
 MODEL is a Hub name, a folder, PEFT adapters, or a checkpoint of a run under any launch. SUITE is a YAML file or a
 shipped one: stdlib (language models; needs no network), reviews (sentiment). Intervals are over examples."""
@@ -23,7 +26,7 @@ shipped one: stdlib (language models; needs no network), reviews (sentiment). In
 
 def parser() -> argparse.ArgumentParser:
     """Its options."""
-    made = command_parser("evaluate", HELP)
+    made = command_parser("evaluate", HELP, usage="%(prog)s --model MODEL --suite SUITE [options]")
     made.add_argument("--model", metavar="MODEL", required=True, help="what is evaluated")
     made.add_argument("--suite", metavar="SUITE", required=True, help="a YAML file, or a shipped suite's name")
     made.add_argument("--source", metavar="NAME=SOURCE", action="append", default=[], help="replace a split's source")

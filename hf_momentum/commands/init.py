@@ -15,7 +15,8 @@ and picks settings that fit into this machine's memory. Every value has its reas
 
 examples:
   hf-momentum init --data reviews.csv
-  hf-momentum init --data reviews.csv --model sentence-transformers/all-MiniLM-L6-v2 --optim adatamw \\
+  hf-momentum init --data reviews.csv --model sentence-transformers/all-MiniLM-L6-v2 \\
+    --optim adatamw \\
     --shifted products=products.csv --out reviews.yaml
   hf-momentum init --data chats.jsonl --model Qwen/Qwen3-0.6B --lora --yes
 

@@ -12,9 +12,11 @@ Train a recipe with an auxiliary objective over a grid of surgeries, lambdas and
 against auxiliary loss; one sentence says whether Bloop's front was better, whichever way it came out.
 
 examples:
-  hf-momentum pareto --config bloop_domain --surgeries bloop,mixed,pcgrad,replay --lambdas 0.01,0.1,1 --seeds 3 \\
+  hf-momentum pareto --config bloop_domain --surgeries bloop,mixed,pcgrad,replay \\
+    --lambdas 0.01,0.1,1 --seeds 3 \\
     --output_dir outputs/domain
-  hf-momentum pareto --config bloop_domain --lambdas 0.1,1 --output_dir outputs/domain --max_steps 50 --dry-run
+  hf-momentum pareto --config bloop_domain --lambdas 0.1,1 --output_dir outputs/domain \\
+    --max_steps 50 --dry-run
 
 Besides, every seed is trained once on the main data alone, and the base model is measured. Each finished run is kept in
 OUT/runs.jsonl: the same command, given again, runs only what is missing. Any field of a recipe but surgery, lam and
@@ -23,7 +25,7 @@ data_seed can be given as --field value. Exit status 1: a run failed."""
 
 def parser() -> argparse.ArgumentParser:
     """Its options."""
-    made = command_parser("pareto", HELP)
+    made = command_parser("pareto", HELP, usage="%(prog)s --config RECIPE --output_dir OUT [options]")
     made.add_argument("--config", metavar="RECIPE", required=True, help="a YAML file, or a shipped recipe's name")
     made.add_argument("--surgeries", metavar="NAMES", default="bloop,mixed,pcgrad,replay", help="(%(default)s)")
     made.add_argument("--lambdas", metavar="WEIGHTS", default="0.01,0.1,1", help="(%(default)s)")

@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -9,7 +10,36 @@ from hf_momentum.errors import InputError, nearest
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """ArgumentParser whose errors are one line with the next step, without the usage before it."""
+    """ArgumentParser whose errors are one line with the next step, and whose help fits on a screen.
+
+    Options of `add_more` stand in `--help-all` alone.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._more: list[argparse._ArgumentGroup] = []
+
+    def add_more(self, title: str) -> argparse._ArgumentGroup:
+        """A group of options that only some need."""
+        if not self._more:
+            self.add_argument("--help-all", action=_HelpAll, nargs=0, help="list all options and exit")
+        self._more.append(self.add_argument_group(title))
+        return self._more[-1]
+
+    def format_help(self, everything: bool = False) -> str:
+        """The help; of every option if `everything`, else with a line that names the groups left out."""
+        if everything or not self._more:
+            return super().format_help()
+        hidden = {action: action.help for group in self._more for action in group._group_actions}
+        for action in hidden:
+            action.help = argparse.SUPPRESS
+        try:
+            text = super().format_help()
+        finally:
+            for action, words in hidden.items():
+                action.help = words
+        titles = "; ".join(str(group.title) for group in self._more)
+        return f"{text}\n{self.prog} --help-all also has:\n  {titles}\n"
 
     def error(self, message: str) -> NoReturn:
         """Raise InputError where argparse would print its usage and exit."""
@@ -24,8 +54,35 @@ class OneLineParser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
             typed = unknown[0].partition("=")[0]
-            self.error(f"unknown argument {unknown[0]!r}{nearest(typed, self._option_string_actions)}")
+            self.error(f"unknown argument {typed!r}{nearest(typed, self._option_string_actions)}")
         return known
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        assert isinstance(parser, OneLineParser)
+        print(parser.format_help(everything=True))
+        parser.exit()
+
+
+class _Paragraphs(argparse.HelpFormatter):
+    """Fills paragraphs to the terminal's width, and leaves indented lines as they are; an option has one line."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        blocks: list[list[str]] = [[]]
+        for line in text.splitlines():
+            if line.startswith(" ") or not line or line.endswith(("example:", "examples:")):
+                blocks += [[line], []]
+            else:
+                blocks[-1].append(line)
+        lines = []
+        for block in blocks:
+            whole = block and not block[0].startswith(" ") and block[0]
+            lines += textwrap.wrap(" ".join(block), width) if whole else block
+        return "\n".join(indent + line for line in lines)
 
 
 def command_parser(name: str, description: str, usage: str | None = None) -> OneLineParser:
@@ -44,7 +101,7 @@ def command_parser(name: str, description: str, usage: str | None = None) -> One
         prog=f"hf-momentum {name}",
         usage=usage,
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Paragraphs,
         allow_abbrev=False,
     )
 
@@ -70,9 +127,9 @@ def add_launcher(parser: argparse.ArgumentParser) -> None:
     several.add_argument("--main_process_port", metavar="P", help="a port there; on one machine any free one")
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
+def add_data(parser: OneLineParser) -> None:
     """How splits of data are read."""
-    data = parser.add_argument_group("how the data are read")
+    data = parser.add_more("how the data are read")
     data.add_argument(
         "--task",
         metavar="NAME",
@@ -87,9 +144,9 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--max_new_tokens", metavar="N", type=int, default=32, help="for generation (%(default)s)")
 
 
-def add_groups(parser: argparse.ArgumentParser) -> None:
+def add_groups(parser: OneLineParser) -> None:
     """How a model is parted into layer groups, and which are chosen."""
-    groups = parser.add_argument_group("layer groups")
+    groups = parser.add_more("layer groups")
     groups.add_argument(
         "--split", choices=("blocks", "parts"), default="blocks", help="parts: attention, MLP and norms"
     )

@@ -12,8 +12,10 @@ Retrain only the layer groups to which a model's errors point, with critically d
 split, which neither diagnosis nor training saw, that more was fixed than broken. Else the repair is rolled back.
 
 examples:
-  hf-momentum repair --model outputs/sentiment_minilm --data products.jsonl --output_dir outputs/repair
-  hf-momentum repair --model mine --data failed.csv --validation v.csv --test t.csv --suite reviews --top 2
+  hf-momentum repair --model outputs/sentiment_minilm --data products.jsonl \\
+    --output_dir outputs/repair
+  hf-momentum repair --model mine --data failed.csv --validation v.csv --test t.csv \\
+    --suite reviews --top 2
   hf-momentum repair --model mine --data failed.csv --layers head,block.11 --lora_r 8 --distill 1 \\
     --optim critical_sgd --learning_rate 1e-3 --max_steps 200
   hf-momentum repair --model mine --data failed.csv --baselines --seeds 5 --learning_rates 1e-5,5e-5
@@ -25,7 +27,7 @@ nothing to repair; 3 rolled back; 2 input that cannot be used."""
 
 def parser() -> argparse.ArgumentParser:
     """Its options."""
-    made = command_parser("repair", HELP)
+    made = command_parser("repair", HELP, usage="%(prog)s --model M --data D [options]")
     made.add_argument("--model", metavar="M", required=True, help="what to repair")
     made.add_argument("--data", metavar="D", required=True, help="SOURCE@SPLIT to diagnose and train on")
     made.add_argument("--validation", metavar="V", help="SOURCE@SPLIT to stop by and to choose the mixture")
@@ -44,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--shares", metavar="LIST", default="0.25,0.5,0.75,1", help="of new weights (%(default)s)")
     how.add_argument("--alpha", metavar="P", type=float, default=0.05, help="of the decision (%(default)s)")
     how.add_argument("--keep_checkpoints", action="store_true", help="of the training, when it is over")
-    others = made.add_argument_group("is the diagnosis worth anything?")
+    others = made.add_more("comparison with other choices")
     others.add_argument("--baselines", action="store_true", help="train other choices too, and compare")
     others.add_argument("--seeds", metavar="N", type=int, default=5, help="from the seed on (%(default)s)")
     others.add_argument("--learning_rates", metavar="LIST", default="", help="over which validation tunes each way")

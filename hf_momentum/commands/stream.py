@@ -13,7 +13,8 @@ forgetting matrix: what the model could do on every domain after every stage.
 
 example:
   hf-momentum stream --config sentiment_minilm --seeds 3 --output_dir outputs/stream \\
-    --domains films=films.jsonl@train books=books.jsonl@train --eval films=films_test.jsonl@test books=b_test.jsonl@test
+    --domains films=films.jsonl@train books=books.jsonl@train \\
+    --eval films=films_test.jsonl@test books=b_test.jsonl@test
 
 Optimizer and learning-rate schedule begin anew in each stage. Each finished stage is kept: the same command, given
 again, runs only what is missing. Any field of a recipe but its data can be given as --field value."""
@@ -21,7 +22,11 @@ again, runs only what is missing. Any field of a recipe but its data can be give
 
 def parser() -> argparse.ArgumentParser:
     """Its options."""
-    made = command_parser("stream", HELP)
+    made = command_parser(
+        "stream",
+        HELP,
+        usage="%(prog)s --config RECIPE --domains D ... --eval D ... --output_dir OUT [options]",
+    )
     entry = "NAME=SOURCE@SPLIT"
     made.add_argument("--config", metavar="RECIPE", required=True, help="a YAML file, or a shipped recipe's name")
     made.add_argument(

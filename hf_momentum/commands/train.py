@@ -12,7 +12,8 @@ Run a recipe: fine-tune, measure every split before and after, and write a repor
 
 examples:
   hf-momentum train --config recipes/quickstart.yaml
-  hf-momentum train --config quickstart --optim adatamw --learning_rate 1e-3 --output_dir outputs/adatamw
+  hf-momentum train --config quickstart --optim adatamw --learning_rate 1e-3 \\
+    --output_dir outputs/adatamw
   hf-momentum train --accelerate_config fsdp2 --num_processes 8 --config quickstart
 
 On several GPUs, --accelerate_config names how they share the model: ddp, fsdp2, hsdp, zero1, zero2, zero3,
@@ -24,7 +25,9 @@ them all: model, data, LoRA, and every field of transformers' TrainingArguments.
 
 def parser() -> argparse.ArgumentParser:
     """Its options."""
-    made = command_parser("train", HELP)
+    made = command_parser(
+        "train", HELP, usage="%(prog)s --config RECIPE [--accelerate_config NAME] [options] [--field value ...]"
+    )
     made.add_argument("--config", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
     add_launcher(made)
     made.add_argument("--help-fields", action="store_true", help="list every field of a recipe and exit")

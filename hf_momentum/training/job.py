@@ -230,6 +230,10 @@ def train(recipe: Recipe) -> Outcome:
     else:
         measure_before()
     with full_disk_stops(folder):
+        if trainer.is_world_process_zero():  # now, so that the checkpoints of an interrupted run have them, too
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / "recipe.yaml", recipe.to_yaml())
+            write_whole(folder / "training_args.json", arguments_json(trainer.args))
         trainer.train(resume_from_checkpoint=prepared.checkpoint)
     after = [measure(trainer, split, "after") for split in splits]
     seconds = time.perf_counter() - started
@@ -252,8 +256,6 @@ def train(recipe: Recipe) -> Outcome:
     )
     if trainer.is_world_process_zero():
         with full_disk_stops(folder):
-            write_whole(folder / "recipe.yaml", recipe.to_yaml())
-            write_whole(folder / "training_args.json", arguments_json(trainer.args))
             report.write(folder)
             pictures = [str(path.relative_to(folder)) for path in sorted((folder / "plots").glob("*.png"))]
             trainer.card = model_card(report, base_model, recipe.peft.lora, _optimizer(recipe), pictures)

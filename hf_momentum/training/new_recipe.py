@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer
 from hf_momentum.errors import InputError
 from hf_momentum.evaluation.writing import write_whole
 from hf_momentum.integrations import OPTIMIZERS
+from hf_momentum.training.arguments import TRL_TASKS
 from hf_momentum.training.fitting import LORA_R, Fit, fit, sizes_of
 from hf_momentum.training.hardware import Hardware, operations_per_second
 from hf_momentum.training.look import Choose, Look, check_labels, lengths, look_at, open_data, percentile
@@ -195,6 +196,8 @@ def propose(wish: Wish, hardware: Hardware, choose: Choose) -> Proposal:
     config, tokenizer, trouble = _read_model(model, look.task)
     if trouble:
         notes.append(trouble)
+    if "messages" in data["train"].features and look.task == "chat" and tokenizer and not tokenizer.chat_template:
+        notes.append(f"{model} has no chat template; set chat_template_path to a model that has one")
     rows = _training_rows(parts, data)
     words = lengths(look.inputs(data["train"]), tokenizer)
     length, why = _block(look.task, words, config, tokenizer is not None, len(data["train"]))
@@ -463,8 +466,13 @@ def _compose(
     made.put("per_device_train_batch_size", chosen.micro_batch, _memory_words(chosen))
     made.put("per_device_eval_batch_size", max(chosen.micro_batch, 1))
     made.put("gradient_accumulation_steps", chosen.accumulation, f"{together} examples a step in all")
+    trl = task in TRL_TASKS  # whose defaults are for GPUs, so they are set either way
     if chosen.checkpointing:
         made.put("gradient_checkpointing", True, "blocks are computed again in the backward pass, to save memory")
+    elif trl:
+        made.put("gradient_checkpointing", False, "there is memory enough without")
+    if trl and not hardware.bf16:
+        made.put("bf16", False, "this device has no fast bfloat16")
     if hardware.bf16:
         made.put("bf16", True, "mixed precision, which this device has")
     elif hardware.fp16:
