@@ -32,7 +32,7 @@ from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.integrations.optim_args import parse_optim_args
 from hf_momentum.integrations.what_runs import base_optimizer
 from hf_momentum.training import Recipe, corpus, job, load_recipe
-from hf_momentum.training.recipe import shipped_folder
+from hf_momentum.training.recipe import find_recipe, shipped_folder
 from hf_momentum.training.sources import Source
 from hf_momentum.training.tokenizer import byte_tokenizer
 from tests.conftest import write_rows
@@ -128,9 +128,10 @@ def shrunk(config: PreTrainedConfig, vocabulary: int) -> PreTrainedConfig:
     if kind == "resnet":
         sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]}
     else:
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        # Multiples of 64, the block of 4-bit weights.
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     if kind in ("llama", "qwen3"):
-        sizes |= {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 0}
+        sizes |= {"num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 0}
     if kind == "modernbert":
         sizes |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
     if kind == "vit":
@@ -327,6 +328,18 @@ def test_a_recipe_reaches_its_first_steps_as_it_is_written(path, shelf, quick_tr
     claims(path, recipe, trainer, before)
 
 
+@pytest.mark.parametrize("name", ["smollm2-135m/chat/vradam_lora", "smollm2-135m/dpo/vradam_full"])
+def test_what_trl_trains_is_measured_first_under_the_recipes_own_precision(name, shelf, quick_trainers):
+    path = shipped_folder("recipes") / f"{name}.yaml"
+    recipe = load_recipe(str(path), shelf.words(path))
+    prepared = job.prepare(recipe)
+    assert recipe.training.bf16
+    before = job.measure(prepared.trainer, prepared.splits[0], "before")
+    prepared.trainer.train()
+    after = job.measure(prepared.trainer, prepared.splits[0], "after")
+    assert before.shape == after.shape and (before[:, 0] != after[:, 0]).any()
+
+
 FAULTS = {
     "a misspelt target": ("q_proj", "q_porj", AssertionError),
     "targets, all misspelt": ("[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]", "[porj]", InputError),
@@ -399,7 +412,7 @@ def test_a_recipe_is_what_its_name_says(path):
     tasks = {"dpo": "preference", "vision": "image_classification", "classification": "sequence_classification"}
     assert given["task"] == tasks.get(path.parent.name, path.parent.name)
     assert given["output_dir"] == f"outputs/{name.replace('/', '_')}"
-    assert f"--config {name}\n" in path.read_text()
+    assert f"--config {name}\n" in path.read_text() and find_recipe(name) == path
     assert max(map(len, path.read_text().splitlines())) <= 120
 
 
