@@ -291,6 +291,7 @@ def test_init_train_and_evaluate_on_a_table_of_ones_own(here, encoder, capfd):
     answer = json.loads(capfd.readouterr().out)
     assert answer["task"] in TASKS and answer["memory_bytes"] > 0 and answer["minutes"] > 0
     assert answer["next"] == "hf-momentum train --config my_recipe.yaml"
+    assert answer["written"][:2] == ["my_recipe.yaml", "my_recipe_suite.yaml"]
     words = ["train", "--config", "my_recipe.yaml", "--json", "--learning_rate", "0.003", "--num_train_epochs", "4"]
     assert main(words) == 0
     trained = json.loads(capfd.readouterr().out)
@@ -298,3 +299,6 @@ def test_init_train_and_evaluate_on_a_table_of_ones_own(here, encoder, capfd):
     splits = {split["name"]: split for split in trained["report"]["splits"]}
     assert splits["test"]["after"]["accuracy"]["value"] > 0.9
     assert splits["phones"]["role"] == "shifted"
+    assert main([*answer["then"].split()[1:], "--json"]) == 0  # as `init` said it
+    measured = json.loads(capfd.readouterr().out)["report"]
+    assert {"test", "phones", "typos (1)"} <= {split["name"] for split in measured["splits"]}, measured["splits"]

@@ -97,11 +97,13 @@ def main(words: Sequence[str]) -> int:
             },
             model=proposal.model,
             lora=proposal.fit.lora,
-            written=[str(out), *map(str, proposal.parts.files)],
+            suite=str(proposal.suite_file) if proposal.suite else None,
+            written=[str(path) for path in proposal.written()],
             memory_bytes=None if proposal.fit.memory is None else proposal.fit.memory.total,
             minutes=proposal.minutes,
             notes=list(proposal.notes),
             next=proposal.next_command(),
+            then=proposal.then_command() or None,
         )
 
 

@@ -58,6 +58,13 @@ _TIMES_ADAM = {"adatam": 0.2, "adatamw": 0.2}
 _TIMES_SGD = {"tam": 2.0, "ahb_sgd": 1.0, "vrmomentum": 10.0, "sgd": 1.0}
 _SGD = (0.01, 0.5)
 
+# What is put into test rows, to see what faults cost.
+_FAULTS = {
+    "sequence_classification": ("typos",),
+    "causal_lm": ("typos",),
+    "image_classification": ("gaussian_noise", "blur"),
+}
+
 _EPOCHS = 3
 _PATIENCE_MINUTES = 30
 
@@ -107,6 +114,7 @@ class Proposal:
         hardware: where it would run.
         rows: of the training split.
         minutes: of the training on one device; None where it is not known.
+        suite: the YAML of a suite to evaluate on; empty for a task that suites do not have.
         notes: what the user should know.
     """
 
@@ -119,7 +127,17 @@ class Proposal:
     hardware: Hardware
     rows: int
     minutes: float | None
+    suite: str = ""
     notes: Sequence[str] = field(default_factory=list)
+
+    @property
+    def suite_file(self) -> Path:
+        """Beside the recipe."""
+        return self.out.with_name(f"{self.out.stem}_suite.yaml")
+
+    def written(self) -> list[Path]:
+        """All files that `write` makes."""
+        return [self.out, *([self.suite_file] if self.suite else []), *self.parts.files]
 
     def write(self, force: bool = False) -> Recipe:
         """Write the recipe, and the files of its splits; the recipe is loaded first, as `train` would.
@@ -127,7 +145,7 @@ class Proposal:
         Raises:
             InputError: a file is there already and `force` is not given, or the recipe would not load.
         """
-        for path in (self.out, *self.parts.files):
+        for path in self.written():
             if path.exists() and not force:
                 raise InputError(f"{path} exists; give another name with --out, or --force to write over it")
         with tempfile.TemporaryDirectory() as folder:
@@ -140,12 +158,21 @@ class Proposal:
         write_parts(self.parts.files)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.out, self.text)
+        if self.suite:
+            write_whole(self.suite_file, self.suite)
         return recipe
 
     def next_command(self) -> str:
         """What to type next."""
         several = f" --accelerate_config ddp --num_processes {self.hardware.count}" if self.hardware.count > 1 else ""
         return f"hf-momentum train --config {self.out}{several}"
+
+    def then_command(self) -> str:
+        """And what after that: empty for a task without a suite."""
+        if not self.suite:
+            return ""
+        places = f"--model {_output_dir(self.out)} --suite {self.suite_file}"
+        return f"hf-momentum evaluate {places} --output_dir {_output_dir(self.out)}_evaluation"
 
     def lines(self) -> list[str]:
         """What was found and chosen, for people."""
@@ -158,8 +185,9 @@ class Proposal:
             f"Model: {self.model}, {how}{memory}{time}",
             f"Machine: {self.hardware}",
             *(f"Note: {note}" for note in self.notes),
-            f"Recipe: {self.out}",
+            f"Recipe: {self.out}" + (f", and a suite to evaluate on: {self.suite_file}" if self.suite else ""),
             f"Next: {self.next_command()}",
+            *([f"Then: {self.then_command()}"] if self.suite else []),
         ]
 
 
@@ -221,7 +249,7 @@ def propose(wish: Wish, hardware: Hardware, choose: Choose) -> Proposal:
         chosen = Fit(bool(wish.lora), batch, 1)
     pace = _minutes_per_epoch(sizes.get(chosen.lora), hardware, tokens, chosen)
     text, total = _compose(wish, look, parts, model, chosen, hardware, examples, (length, why), pace)
-    return Proposal(wish.out, text, parts, look, model, chosen, hardware, rows, total, notes)
+    return Proposal(wish.out, text, parts, look, model, chosen, hardware, rows, total, _suite(wish, look, parts), notes)
 
 
 # ---- looking --------------------------------------------------------------------------------------------------------
@@ -485,8 +513,29 @@ def _compose(
         made.put("max_eval_examples", 1000, "of each split, for time's sake on a CPU")
     made.put("report_to", "none")
     made.put("seed", 0)
-    made.put("output_dir", f"outputs/{wish.out.stem}")
+    made.put("output_dir", _output_dir(wish.out))
     return "\n".join(made.lines) + "\n", total
+
+
+def _output_dir(out: Path) -> str:
+    return f"outputs/{out.stem}"
+
+
+def _suite(wish: Wish, look: Look, parts: Parts) -> str:
+    """The test rows, the user's other data, and the test rows with faults put in, for `hf-momentum evaluate`."""
+    if look.task not in _FAULTS:
+        return ""
+    made = _Lines([f"# Written by `hf-momentum init` beside {wish.out.name}: what the trained model is measured on."])
+    made.put("task", look.task)
+    for key, column in (("text_column", look.text), ("label_column", look.label), ("image_column", look.image)):
+        if column:
+            made.put(key, column)
+    made.lines += ["splits:", f"  test: {{role: in_distribution, source: {_yaml(parts.test)}}}"]
+    for name, source in map(split_name, wish.shifted):
+        made.lines.append(f"  {_yaml(name)}: {{role: shifted, kind: domain, source: {_yaml(source)}}}")
+    for fault in _FAULTS[look.task]:
+        made.lines.append(f"  {fault}: {{role: shifted, of: test, corruption: {fault}, severities: [1, 3, 5]}}")
+    return "\n".join(made.lines) + "\n"
 
 
 def _memory_words(chosen: Fit) -> str:
