@@ -231,6 +231,10 @@ def claims(path: Path, recipe: Recipe, trainer: Any, before: dict[str, torch.Ten
     for name in given.keys() - overridden - looked_at:
         arrived = value_in(name, trainer, recipe)
         assert written(arrived) == plain(given[name], arrived), f"{name}: {arrived!r} arrived"
+    if given.get("surgery") is not None:
+        lam, surgery = recipe.bloop.lam, trainer.settings.surgery
+        assert (list(trainer.settings.lam), surgery) == ([float(one) for one in given["lam"]], given["surgery"]), lam
+        assert trainer.surgery is not None
     changed = [name for name, param in model.named_parameters() if not torch.equal(param, before[name])]
     assert changed, "no weight moved"
     assert {name for name, param in model.named_parameters() if param.requires_grad} >= set(changed)
