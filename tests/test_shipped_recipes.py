@@ -332,7 +332,7 @@ def test_a_recipe_reaches_its_first_steps_as_it_is_written(path, shelf, quick_tr
     claims(path, recipe, trainer, before)
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m/chat/vradam_lora", "smollm2-135m/dpo/vradam_full"])
+@pytest.mark.parametrize("name", ["qwen3-0.6b/chat/vradam_full", "smollm2-135m/dpo/vradam_full"])
 def test_what_trl_trains_is_measured_first_under_the_recipes_own_precision(name, shelf, quick_trainers):
     path = shipped_folder("recipes") / f"{name}.yaml"
     recipe = load_recipe(str(path), shelf.words(path))
