@@ -128,7 +128,7 @@ class Figures:
 
     def lines(self) -> list[str]:
         """The header's two lines."""
-        each = f" a GPU of {self.processes}" if self.processes > 1 else ""
+        each = f" per GPU of {self.processes}" if self.processes > 1 else ""
         where = f"{self.processes} H100" if self.processes > 1 else "one H100"
         time = f"about {self.minutes:.0f} minutes" if self.minutes >= 1.5 else "about a minute"
         return [

@@ -231,6 +231,10 @@ def claims(path: Path, recipe: Recipe, trainer: Any, before: dict[str, torch.Ten
     for name in given.keys() - overridden - looked_at:
         arrived = value_in(name, trainer, recipe)
         assert written(arrived) == plain(given[name], arrived), f"{name}: {arrived!r} arrived"
+    if given.get("surgery") is not None:
+        lam, surgery = recipe.bloop.lam, trainer.settings.surgery
+        assert (list(trainer.settings.lam), surgery) == ([float(one) for one in given["lam"]], given["surgery"]), lam
+        assert trainer.surgery is not None
     changed = [name for name, param in model.named_parameters() if not torch.equal(param, before[name])]
     assert changed, "no weight moved"
     assert {name for name, param in model.named_parameters() if param.requires_grad} >= set(changed)
@@ -328,7 +332,7 @@ def test_a_recipe_reaches_its_first_steps_as_it_is_written(path, shelf, quick_tr
     claims(path, recipe, trainer, before)
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m/chat/vradam_lora", "smollm2-135m/dpo/vradam_full"])
+@pytest.mark.parametrize("name", ["qwen3-0.6b/chat/vradam_full", "smollm2-135m/dpo/vradam_full"])
 def test_what_trl_trains_is_measured_first_under_the_recipes_own_precision(name, shelf, quick_trainers):
     path = shipped_folder("recipes") / f"{name}.yaml"
     recipe = load_recipe(str(path), shelf.words(path))
