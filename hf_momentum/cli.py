@@ -109,7 +109,7 @@ Run any script or module that uses a Trainer with our --optim names registered, 
 
 examples:
   hf-momentum run train.py --optim tam --output_dir out
-  hf-momentum run trl.scripts.sft --optim adatamw --model_name_or_path my-model ...
+  hf-momentum run trl sft --optim adatamw --model_name_or_path my-model ...
   accelerate launch -m hf_momentum.run train.py --optim tam"""
 
 EXPORT_HELP = """\
