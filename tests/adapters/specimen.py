@@ -4,7 +4,8 @@ from pathlib import Path
 
 from tests.conftest import write_rows
 
-QUESTIONS = [f"Where does the {age} river run {way}?" for age in ("long", "old") for way in ("down", "on")] * 16
+# All of one length: axolotl takes the mean over micro-batches of their means, transformers the mean over all tokens.
+QUESTIONS = [f"Where does the {size} river run {way}?" for size in ("long", "wide") for way in ("down", "past")] * 16
 
 
 def tiny_llama(folder: Path) -> Path:

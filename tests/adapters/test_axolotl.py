@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import yaml
 
+from hf_momentum import InputError
 from tests.adapters.replay import check, trained_by
 from tests.adapters.specimen import SETTINGS, texts, tiny_llama
 
@@ -35,3 +36,11 @@ def test_the_plugin_trains_with_our_optimizer_as_our_trainer_does(tmp_path):
     assert [group["gamma"] for group in run.groups] == [0.95, 0.95]
     assert (run.steps, len(run.batches)) == (4, 8)
     check(run, tmp_path / "model", tmp_path / "ours", optim="tam", **SETTINGS)
+
+
+def test_the_plugin_refuses_a_name_that_is_not_ours():
+    from hf_momentum.integrations.axolotl import HFMomentumPlugin
+
+    with pytest.raises(InputError, match="optimizer is 'tamm', which is not hf-momentum's .did you mean 'tam'"):
+        HFMomentumPlugin().register({"optimizer": "tamm"})
+    HFMomentumPlugin().register({"optimizer": "vradam"})
