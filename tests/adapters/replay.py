@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from hf_momentum import MomentumTrainer, MomentumTrainingArguments
 
@@ -36,8 +35,7 @@ def trained_by(folder: Path, module: str, *words: object, **environment: str) ->
     settings = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(list(map(str, command)), cwd=folder, env=settings, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and file.is_file(), done.stderr[-4000:]
-    seen = torch.load(file, weights_only=True)
-    return Run(seen["class"], seen["groups"], seen["batches"], seen["steps"], seen["before"], seen["after"])
+    return Run(**torch.load(file, weights_only=True))
 
 
 class InOrder(torch.utils.data.IterableDataset):
@@ -50,9 +48,9 @@ class InOrder(torch.utils.data.IterableDataset):
         return iter(copy.deepcopy(self.batches))
 
 
-def ours(run: Run, model: Path, folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
+def ours(run: Run, network: torch.nn.Module, folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
     """The weights after our own Trainer, from the same weights, on the same batches, with these settings."""
-    network = AutoModelForCausalLM.from_pretrained(model, dtype="float32", attn_implementation="eager")
+    network = copy.deepcopy(network)
     network.load_state_dict(run.before)
     args = MomentumTrainingArguments(
         output_dir=str(folder), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
@@ -68,14 +66,17 @@ def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
 
 
-def check(run: Run, model: Path, folder: Path, **settings: Any) -> None:
+# Each of them is given to our Trainer in place of what the foreign one had, and must be seen in the weights.
+OTHERWISE = ({"weight_decay": 0.0}, {"max_grad_norm": 1e9}, {"lr_scheduler_type": "constant"}, {"optim_args": ""})
+
+
+def check(run: Run, network: torch.nn.Module, folder: Path, **settings: Any) -> None:
     """The foreign run's weights are those of our Trainer, and would not be with any one of its settings different.
 
     1e-6 and not zero: a foreign Trainer multiplies gradients by what clips them before the step, ours inside of it.
     """
-    distance = furthest(run.before, run.after)
-    same = furthest(run.after, ours(run, model, folder, **settings))
-    print(f"moved {distance:.3g}, away from ours {same:.3g}")
+    same = furthest(run.after, ours(run, network, folder, **settings))
+    print(f"weights moved by {furthest(run.before, run.after):.3g}; away from ours {same:.3g}")
     assert same < 1e-6
-    for changed in ({"weight_decay": 0.0}, {"max_grad_norm": 1e9}, {"lr_scheduler_type": "constant"}, {"optim_args": ""}):
-        assert furthest(run.after, ours(run, model, folder, **{**settings, **changed})) > 1e-4, changed
+    for changed in OTHERWISE:
+        assert furthest(run.after, ours(run, network, folder, **{**settings, **changed})) > 1e-4, changed

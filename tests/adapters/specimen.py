@@ -22,6 +22,13 @@ def tiny_llama(folder: Path) -> Path:
     return folder
 
 
+def loaded(folder: Path):
+    """The model in `folder`, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="eager")
+
+
 def chats(file: Path) -> Path:
     """Rows of messages."""
     answer = {"role": "assistant", "content": "To the sea."}

@@ -7,6 +7,7 @@ import copy
 import functools
 import runpy
 import sys
+from typing import Any
 
 import torch
 import transformers
@@ -14,14 +15,16 @@ from transformers import TrainerCallback
 
 
 class Spy(TrainerCallback):
-    """Every Trainer has it: notes weights before and after, the batches between, and what optimizes."""
+    """Notes weights before and after, the batches between, and what optimizes."""
+
+    seen: dict[str, Any]
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         from hf_momentum.integrations.what_runs import base_optimizer
 
         base = base_optimizer(optimizer)
         groups = [{key: value for key, value in group.items() if key != "params"} for group in base.param_groups]
-        self.seen = {"class": type(base).__name__, "groups": copy.deepcopy(groups), "batches": []}
+        self.seen = {"optimizer": type(base).__name__, "groups": copy.deepcopy(groups), "batches": []}
         self.seen["before"] = copy.deepcopy(model.state_dict())
         self.hook = model.register_forward_pre_hook(self.note, with_kwargs=True)
 
@@ -31,18 +34,23 @@ class Spy(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self.hook.remove()
-        torch.save({**self.seen, "steps": state.global_step, "after": model.state_dict()}, RUN)
+        self.seen |= {"steps": state.global_step, "after": copy.deepcopy(model.state_dict())}
 
 
-if __name__ == "__main__":
-    RUN, *sys.argv = sys.argv[1:]
-    # Not by the list of default callbacks, which ms-swift replaces.
+def give_to_every_trainer(spy: Spy) -> None:
+    """Not by the list of default callbacks, which ms-swift replaces."""
     initialise = transformers.Trainer.__init__
 
     @functools.wraps(initialise)
     def with_a_spy(self, *arguments, **settings):
         initialise(self, *arguments, **settings)
-        self.add_callback(Spy())
+        self.add_callback(spy)
 
     transformers.Trainer.__init__ = with_a_spy
+
+
+if __name__ == "__main__":
+    file, *sys.argv = sys.argv[1:]
+    give_to_every_trainer(spy := Spy())
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    torch.save(spy.seen, file)

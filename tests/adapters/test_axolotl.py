@@ -7,7 +7,7 @@ import yaml
 
 from hf_momentum import InputError
 from tests.adapters.replay import check, trained_by
-from tests.adapters.specimen import SETTINGS, texts, tiny_llama
+from tests.adapters.specimen import SETTINGS, loaded, texts, tiny_llama
 
 if importlib.util.find_spec("axolotl") is None:
     pytest.skip("axolotl is not installed here: make adapters", allow_module_level=True)
@@ -35,7 +35,7 @@ def test_the_plugin_trains_with_our_optimizer_as_our_trainer_does(tmp_path):
     assert run.optimizer == "TAM"
     assert [group["gamma"] for group in run.groups] == [0.95, 0.95]
     assert (run.steps, len(run.batches)) == (4, 8)
-    check(run, tmp_path / "model", tmp_path / "ours", optim="tam", **SETTINGS)
+    check(run, loaded(tmp_path / "model"), tmp_path / "ours", optim="tam", **SETTINGS)
 
 
 def test_the_plugin_refuses_a_name_that_is_not_ours():

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.adapters.replay import check, trained_by
-from tests.adapters.specimen import SETTINGS, texts, tiny_llama
+from tests.adapters.specimen import SETTINGS, loaded, texts, tiny_llama
 
 if importlib.util.find_spec("llamafactory") is None:
     pytest.skip("LLaMA-Factory is not installed here: make adapters", allow_module_level=True)
@@ -36,4 +36,4 @@ def test_its_own_entry_trains_with_our_optimizer_as_our_trainer_does(tmp_path):
     assert run.optimizer == "TAM"
     assert [group["gamma"] for group in run.groups] == [0.95, 0.95]
     assert (run.steps, len(run.batches)) == (4, 8)
-    check(run, tmp_path / "model", tmp_path / "ours", optim="tam", **SETTINGS)
+    check(run, loaded(tmp_path / "model"), tmp_path / "ours", optim="tam", **SETTINGS)

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from tests.adapters.replay import check, trained_by
-from tests.adapters.specimen import SETTINGS, chats, tiny_llama
+from tests.adapters.specimen import SETTINGS, chats, loaded, tiny_llama
 
 if importlib.util.find_spec("swift") is None:
     pytest.skip("ms-swift is not installed here: make adapters", allow_module_level=True)
@@ -30,4 +30,4 @@ def test_the_plugin_trains_with_our_optimizer_as_our_trainer_does(tmp_path):
     assert run.optimizer == "TAM"
     assert [group["gamma"] for group in run.groups] == [0.95, 0.95]
     assert (run.steps, len(run.batches)) == (4, 8)
-    check(run, tmp_path / "model", tmp_path / "ours", optim="tam", **SETTINGS)
+    check(run, loaded(tmp_path / "model"), tmp_path / "ours", optim="tam", **SETTINGS)
