@@ -49,7 +49,9 @@ def test_trl_sft_trains_as_our_trainer_does(tmp_path, spy):
 
 def test_what_trl_would_hand_to_the_launcher_is_refused_and_not_passed_over(tmp_path):
     pytest.importorskip("trl", reason="TRL is not installed")
-    with pytest.raises(InputError, match="does not know --num_processes 2.*accelerate launch ... -m hf_momentum.run trl"):
+    with pytest.raises(
+        InputError, match=r"does not know --num_processes 2.*accelerate launch ... -m hf_momentum.run trl"
+    ):
         run_with_our_names(["trl", "sft", *sft_words(tmp_path, optim="tam", num_processes=2)])
 
 

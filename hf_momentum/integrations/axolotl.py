@@ -17,7 +17,7 @@ from hf_momentum.integrations.registry import OPTIMIZERS
 class HFMomentumPlugin(BasePlugin):  # type: ignore[misc]
     """Makes our names known, by being imported, before axolotl reads its configuration.
 
-    axolotl's groups, schedule and clipping stay as they are; `optim_args` takes a mapping or text as for `--optim_args`.
+    axolotl's groups, schedule and clipping stay as they are; `optim_args` is a mapping, or text as for `--optim_args`.
     """
 
     def register(self, cfg: dict[str, Any]) -> None:

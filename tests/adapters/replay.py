@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training: what the model was called with, the optimizer inside of all wrappers, and what came of it."""
+    """A finished training: the optimizer inside of all wrappers, what the model was called with, what came of it."""
 
     optimizer: str
     groups: list[dict[str, Any]]
@@ -33,7 +33,9 @@ def trained_by(folder: Path, module: str, *words: object, **environment: str) ->
     file = folder / "run.pt"
     command = [sys.executable, "-m", "tests.adapters.spied", file, module, *words]
     settings = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(list(map(str, command)), cwd=folder, env=settings, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        list(map(str, command)), cwd=folder, env=settings, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0 and file.is_file(), done.stderr[-4000:]
     return Run(**torch.load(file, weights_only=True))
 
@@ -70,7 +72,7 @@ def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 OTHERWISE = ({"weight_decay": 0.0}, {"max_grad_norm": 1e9}, {"lr_scheduler_type": "constant"}, {"optim_args": ""})
 
 
-def check(run: Run, network: torch.nn.Module, folder: Path, **settings: Any) -> None:
+def check(run: Run, network: torch.nn.Module, folder: Path, otherwise: Any = OTHERWISE, **settings: Any) -> None:
     """The foreign run's weights are those of our Trainer, and would not be with any one of its settings different.
 
     1e-6 and not zero: a foreign Trainer multiplies gradients by what clips them before the step, ours inside of it.
@@ -78,5 +80,5 @@ def check(run: Run, network: torch.nn.Module, folder: Path, **settings: Any) -> 
     same = furthest(run.after, ours(run, network, folder, **settings))
     print(f"weights moved by {furthest(run.before, run.after):.3g}; away from ours {same:.3g}")
     assert same < 1e-6
-    for changed in OTHERWISE:
+    for changed in otherwise:
         assert furthest(run.after, ours(run, network, folder, **{**settings, **changed})) > 1e-4, changed

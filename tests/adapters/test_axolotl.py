@@ -41,6 +41,6 @@ def test_the_plugin_trains_with_our_optimizer_as_our_trainer_does(tmp_path):
 def test_the_plugin_refuses_a_name_that_is_not_ours():
     from hf_momentum.integrations.axolotl import HFMomentumPlugin
 
-    with pytest.raises(InputError, match="optimizer is 'tamm', which is not hf-momentum's .did you mean 'tam'"):
+    with pytest.raises(InputError, match=r"optimizer is 'tamm', which is not hf-momentum's .did you mean 'tam'"):
         HFMomentumPlugin().register({"optimizer": "tamm"})
     HFMomentumPlugin().register({"optimizer": "vradam"})
