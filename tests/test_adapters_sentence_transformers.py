@@ -93,8 +93,7 @@ def test_one_loss_trains_as_in_our_trainer(tmp_path):
 
 
 def test_several_losses_with_weights_of_their_own_train_as_in_our_trainer(tmp_path):
-    """Every micro-batch sees one of them; the other one's weights may have no gradient. Its Trainer clips gradients of the
-    encoder alone, the optimizer those of all that it has."""
+    """A step may leave one of them without gradients. Its Trainer clips the encoder alone, the optimizer all it has."""
     settings = SETTINGS | {"max_grad_norm": 0.0, "optim_args": "gamma=0.95,max_grad_norm=0.5"}
     model = encoder(tmp_path / "model")
     several = {

@@ -1,4 +1,4 @@
-"""Run a module as `__main__` and write to RUN what it trained: python -m tests.adapters.spied RUN MODULE [its arguments].
+"""Run a module as `__main__`, write to RUN what it trained: python -m tests.adapters.spied RUN MODULE [its arguments].
 
 Imports nothing of hf_momentum before that module trains, so that its names come from where they should.
 """
