@@ -38,7 +38,7 @@ test-all: $(VENV)/dev.stamp ## the test suite with the slow tests
 
 # axolotl, LLaMA-Factory and ms-swift each pin many versions: an environment of their own for each.
 adapters: $(VENV)/dev.stamp ## our optimizers in the trainers that need environments of their own (minutes, and the network)
-	sh scripts/adapters_environments.sh $(BIN)/python $(VENV)-adapters
+	sh scripts/adapters_environments.sh $(BIN)/python $(VENV)/adapters
 
 # The results go into README.md and docs/scale.md.
 matrix: $(VENV)/dev.stamp ## every optimizer under every layout against one process (about a quarter of an hour)
