@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hf_momentum.errors import InputError
 from hf_momentum.training.processes import launched_processes
@@ -66,10 +66,8 @@ def relaunch(
     Example:
         >>> relaunch("diagnose", ["--model", "mine"], None, {})
     """
-    if accelerate_config is None:
-        for name, value in flags.items():
-            if value is not None:
-                raise InputError(f"--{name} is for a launch; name one with --accelerate_config, such as ddp or fsdp2")
+    start = asked_launch(accelerate_config, flags)
+    if start is None:
         return
     launcher = {f"--{name}" for name in (*LAUNCHER_FLAGS, "accelerate_config")}
     rest, skip = [], False
@@ -77,7 +75,35 @@ def relaunch(
         if not skip and word.partition("=")[0] not in launcher:
             rest.append(word)
         skip = not skip and word in launcher
-    prepare_launch(accelerate_config, flags).replace_this_process(rest, command)
+    start.replace_this_process(rest, command)
+
+
+def flags_of(known: Mapping[str, Any]) -> dict[str, str | None]:
+    """The launcher's options among all options of a command.
+
+    Example:
+        >>> flags_of({"model": "mine", "num_processes": "2"})["num_processes"]
+        '2'
+    """
+    return {name: known.get(name) for name in LAUNCHER_FLAGS}
+
+
+def asked_launch(accelerate_config: str | None, flags: Mapping[str, str | None]) -> Launch | None:
+    """The launch that was asked for, checked; None to stay in this process.
+
+    Raises:
+        InputError: the launch is not possible, or `flags` are given without `accelerate_config`.
+
+    Example:
+        >>> asked_launch(None, {"num_processes": None}) is None
+        True
+    """
+    if accelerate_config is not None:
+        return prepare_launch(accelerate_config, flags)
+    for name, value in flags.items():
+        if value is not None:
+            raise InputError(f"--{name} is for a launch; name one with --accelerate_config, such as ddp or fsdp2")
+    return None
 
 
 def prepare_launch(accelerate_config: str, flags: Mapping[str, str | None]) -> Launch:

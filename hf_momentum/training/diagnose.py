@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import platform
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -115,16 +114,6 @@ def _patterns(entries: Sequence[str]) -> dict[str, str]:
             raise InputError(f"group {name!r} is given twice; give each a name of its own")
         found[name] = pattern
     return found
-
-
-def command_of(command: str, words: Sequence[str]) -> str:
-    """The command line that repeats it.
-
-    Example:
-        >>> command_of("diagnose", ["--model", "my model"])
-        "hf-momentum diagnose --model 'my model'"
-    """
-    return shlex.join(["hf-momentum", command, *words])
 
 
 def check(settings: Settings) -> None:

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import platform
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from hf_momentum.training.harness import harness, measure_task
 from hf_momentum.training.job import peak_memory
 from hf_momentum.training.suite_rows import ROWS, load_rows, load_suite
 
-__all__ = ["Settings", "command_of", "evaluate", "load_suite", "measure"]
+__all__ = ["Settings", "evaluate", "load_suite", "measure"]
 
 # generation and causal_lm are tasks of one and the same model.
 _MODEL_OF = {"generation": "causal_lm"}
@@ -184,13 +183,3 @@ def _facts(suite: Suite, models: Sequence[str], seconds: float, examples: int) -
     if any(split.source.startswith("stdlib:") for split in suite.splits):
         facts["corpus"] = f"standard library of Python {platform.python_version()}, fingerprint {corpus.fingerprint()}"
     return facts
-
-
-def command_of(words: Sequence[str]) -> str:
-    """The command line that repeats an evaluation.
-
-    Example:
-        >>> command_of(["--model", "my model", "--suite", "stdlib"])
-        "hf-momentum evaluate --model 'my model' --suite stdlib"
-    """
-    return shlex.join(["hf-momentum", "evaluate", *words])

@@ -1,0 +1,323 @@
+"""What somebody's data are: their splits and columns, the task that they are for, and how long their texts are."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from hf_momentum.errors import InputError, nearest
+from hf_momentum.training.sources import NETWORK_ERRORS, Source
+
+# Names that people give to columns, the surest first.
+_TEXTS = (
+    "text",
+    "sentence",
+    "review",
+    "content",
+    "document",
+    "body",
+    "comment",
+    "tweet",
+    "message",
+    "question",
+    "prompt",
+)
+_LABELS = ("label", "labels", "class", "category", "sentiment", "target", "intent", "topic", "rating", "stars", "y")
+_IMAGES = ("image", "img", "picture", "photo")
+
+# More values than this are hardly classes, whatever the column is called.
+MOST_CLASSES = 200
+_SAMPLE = 1000
+
+# A word is about so many tokens in English, where no tokenizer can be asked.
+TOKENS_PER_WORD = 1.4
+
+# What is asked where the data leave more than one answer: (flag, candidates) -> the chosen one.
+Choose = Callable[[str, Sequence[str]], str]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a dataset is for.
+
+    Attributes:
+        task: a task of recipes.
+        text: column with the text; empty where the task has none.
+        label: column with the class; empty where the task has none.
+        image: column with the picture; empty where the task has none.
+        why: how the task was found, in words.
+    """
+
+    task: str
+    text: str = ""
+    label: str = ""
+    image: str = ""
+    why: str = ""
+
+    def inputs(self, rows: datasets.Dataset) -> list[str]:
+        """What of each row the model is shown, as text; pictures are not read, so there are none for them.
+
+        Example:
+            >>> rows = datasets.Dataset.from_dict({"text": ["a"], "label": [1]})
+            >>> Look("sequence_classification", text="text", label="label").inputs(rows)
+            ['a']
+        """
+        if self.task == "image_classification":
+            return []
+        if self.text:
+            return [str(text) for text in rows[self.text]]
+        columns = [name for name in ("messages", "prompt", "completion", "chosen", "rejected") if name in rows.features]
+        kept = rows.select_columns(columns)
+        return ["\n".join(_spoken(value) for value in row.values()) for row in kept]
+
+
+def open_data(place: str) -> dict[str, datasets.Dataset]:
+    """Every split of a file, a folder, a Hub dataset or `stdlib:NAME`; a file is one split, train.
+
+    Raises:
+        InputError: it does not exist, cannot be read or reached, or has no train split.
+
+    Example:
+        >>> sorted(open_data("stdlib:code"))
+        ['test', 'train', 'validation']
+    """
+    if place.startswith("stdlib:"):
+        return {split: Source(place, split).load() for split in ("train", "validation", "test")}
+    name, _, config = place.partition(":")
+    path = Path(place).expanduser()
+    names = ["train"]
+    if path.is_dir() or not path.suffix:
+        try:
+            names = datasets.get_dataset_split_names(*([str(path)] if path.is_dir() else [name, config or None]))
+        except (*NETWORK_ERRORS, ValueError, FileNotFoundError):
+            names = ["train"]  # loading it says what is wrong
+        if "train" not in names:
+            raise InputError(f"{place!r} has no train split; it has {', '.join(names)}. Name a file with --data")
+    data = {split: Source(place, split).load() for split in names}
+    for split, rows in data.items():
+        if len(rows) == 0:
+            raise InputError(f"{place!r} has no rows in its split {split}")
+    _check_separator(place, data["train"])
+    return data
+
+
+def look_at(
+    rows: datasets.Dataset,
+    choose: Choose,
+    task: str | None = None,
+    text: str | None = None,
+    label: str | None = None,
+    image: str | None = None,
+) -> Look:
+    """The task that rows are for, and the columns that it takes.
+
+    Args:
+        rows: of the train split.
+        choose: asked where several columns would do.
+        task: known already.
+        text: known already.
+        label: known already.
+        image: known already.
+
+    Raises:
+        InputError: a column that does not exist, or no column that the task could take.
+
+    Example:
+        >>> rows = datasets.Dataset.from_dict({"review": ["good film", "bad film"] * 9, "stars": [1, 0] * 9})
+        >>> look = look_at(rows, choose=refuse)
+        >>> look.task, look.text, look.label
+        ('sequence_classification', 'review', 'stars')
+    """
+    for flag, column in (("text_column", text), ("label_column", label), ("image_column", image)):
+        if column is not None and column not in rows.features:
+            hint = nearest(column, rows.features)
+            raise InputError(f"--{flag} {column!r} does not exist{hint}; the columns are {', '.join(rows.features)}")
+    why = f"task {task} was asked for"
+    if task is None:
+        task, why = _task_of(rows, text, label, image)
+    if task in ("chat", "preference"):
+        return Look(task, why=why)
+    if task == "image_classification":
+        image = image or _one("image_column", _named_first(_images(rows), _IMAGES), choose, rows)
+        label = label or _one("label_column", _labels(rows, {image}), choose, rows)
+        return Look(task, label=label, image=image, why=why)
+    if task == "sequence_classification":
+        label = label or _one("label_column", _labels(rows, {text or ""}), choose, rows)
+        return Look(task, text=text or _text(rows, {label}, choose), label=label, why=why)
+    return Look(task, text=text or _text(rows, set(), choose), why=why)
+
+
+def refuse(flag: str, candidates: Sequence[str]) -> str:
+    """The answer where nobody can be asked.
+
+    Raises:
+        InputError: always; it names the flag and the candidates.
+
+    Example:
+        >>> refuse("label_column", ["stars", "topic"])
+        Traceback (most recent call last):
+        ...
+        hf_momentum.errors.InputError: several columns would do: stars, topic; choose one with --label_column NAME
+    """
+    raise InputError(f"several columns would do: {', '.join(candidates)}; choose one with --{flag} NAME")
+
+
+def check_labels(rows: datasets.Dataset, label: str, split: str) -> list[Any]:
+    """The label of each row.
+
+    Raises:
+        InputError: a row without one, a single class, or far too many.
+
+    Example:
+        >>> check_labels(datasets.Dataset.from_dict({"label": [0, 1, 1]}), "label", "train")
+        [0, 1, 1]
+    """
+    labels = list(rows[label])
+    missing = sum(_is_missing(value) for value in labels)
+    if missing:
+        raise InputError(
+            f"column {label!r} is empty in {missing} of {len(labels)} rows of {split}; fill them in or remove the rows"
+        )
+    classes = len(set(labels))
+    if split == "train" and classes < 2:
+        raise InputError(f"column {label!r} holds a single class, {labels[0]!r}; there is nothing to tell apart")
+    if classes > MOST_CLASSES:
+        raise InputError(
+            f"column {label!r} holds {classes} different values, which are hardly classes; name another with "
+            "--label_column, or train on the text alone with --task causal_lm"
+        )
+    return labels
+
+
+def lengths(inputs: Sequence[str], tokenizer: Any = None) -> list[int]:
+    """Tokens of a sample of the inputs, shortest first; without a tokenizer guessed from their words.
+
+    Example:
+        >>> lengths(["one two three four five", "one"])
+        [2, 7]
+    """
+    step = max(1, len(inputs) // _SAMPLE)
+    sample = [text[:100_000] for text in inputs[::step][:_SAMPLE]]
+    if tokenizer is None:
+        return sorted(math.ceil(len(text.split()) * TOKENS_PER_WORD) for text in sample)
+    return sorted(len(ids) for ids in tokenizer(sample, verbose=False)["input_ids"]) if sample else []
+
+
+def percentile(ordered: Sequence[int], share: float) -> int:
+    """The value below which that share of them lies.
+
+    Example:
+        >>> percentile([1, 2, 3, 4], 0.5)
+        2
+    """
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+# ---- which column is what -------------------------------------------------------------------------------------------
+
+
+def _task_of(rows: datasets.Dataset, text: str | None, label: str | None, image: str | None) -> tuple[str, str]:
+    names = set(rows.features)
+    if {"chosen", "rejected"} <= names:
+        return "preference", "it has the columns chosen and rejected"
+    if "messages" in names or {"prompt", "completion"} <= names:
+        return "chat", f"it has {'a column messages' if 'messages' in names else 'the columns prompt and completion'}"
+    if image or _images(rows):
+        return "image_classification", f"{image or _images(rows)[0]} holds pictures"
+    if label or _labels(rows, {text or ""}):
+        found = label or _labels(rows, {text or ""})[0]
+        return "sequence_classification", f"{found} holds {len(set(rows[found]))} different values"
+    return "causal_lm", "it has text and no column that looks like a class"
+
+
+def _images(rows: datasets.Dataset) -> list[str]:
+    return [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+
+
+def _texts(rows: datasets.Dataset) -> list[str]:
+    return [
+        name
+        for name, feature in rows.features.items()
+        if isinstance(feature, datasets.Value) and "string" in str(feature.dtype)
+    ]
+
+
+def _labels(rows: datasets.Dataset, taken: set[str]) -> list[str]:
+    """Columns that look like classes, those with a telling name alone if there are any."""
+    found = []
+    for name, feature in rows.features.items():
+        if name in taken:
+            continue
+        if isinstance(feature, datasets.ClassLabel):
+            found.append(name)
+        elif isinstance(feature, datasets.Value) and _is_countable(str(feature.dtype)):
+            values = list(rows[name][:20_000])
+            distinct = len(set(values))
+            repeated = distinct * 5 <= len(values)
+            if 2 <= distinct <= MOST_CLASSES and repeated and not _is_long(values):
+                found.append(name)
+    return _named_first(found, _LABELS)
+
+
+def _text(rows: datasets.Dataset, taken: set[str], choose: Choose) -> str:
+    found = [name for name in _texts(rows) if name not in taken]
+    named = _named_first(found, _TEXTS)
+    if len(named) > 1:
+        means = {name: _mean_length(rows, name) for name in named}
+        longest = max(means, key=means.__getitem__)
+        # A title beside a body is no doubt; two bodies are.
+        if all(means[name] * 3 <= means[longest] for name in named if name != longest):
+            return longest
+    return _one("text_column", named, choose, rows)
+
+
+def _one(flag: str, candidates: Sequence[str], choose: Choose, rows: datasets.Dataset) -> str:
+    if not candidates:
+        raise InputError(
+            f"no column looks right for --{flag}; name one of {', '.join(rows.features)}, or another task with --task"
+        )
+    return candidates[0] if len(candidates) == 1 else choose(flag, candidates)
+
+
+def _named_first(found: list[str], telling: Sequence[str]) -> list[str]:
+    lowered = {name.lower(): name for name in found}
+    return next(([lowered[name]] for name in telling if name in lowered), found)
+
+
+def _mean_length(rows: datasets.Dataset, name: str) -> float:
+    sample = [str(text) for text in rows[name][:200]]
+    return sum(map(len, sample)) / max(len(sample), 1)
+
+
+def _is_countable(dtype: str) -> bool:
+    return "string" in dtype or dtype.startswith(("int", "uint", "bool"))
+
+
+def _is_long(values: Sequence[Any]) -> bool:
+    words = [len(value.split()) for value in values[:200] if isinstance(value, str)]
+    return bool(words) and sum(words) / len(words) > 6
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def _spoken(value: Any) -> str:
+    """The text of a message, of a list of messages, or of a string."""
+    if isinstance(value, Mapping):
+        return str(value.get("content", json.dumps(value, default=str)))
+    return "\n".join(map(_spoken, value)) if isinstance(value, list) else str(value)
+
+
+def _check_separator(place: str, rows: datasets.Dataset) -> None:
+    only = rows.column_names[0] if len(rows.column_names) == 1 else ""
+    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        if separator in only:
+            raise InputError(
+                f"{place} is separated by {name}, and was read as a single column; save it with commas"
+                + (", or with the ending .tsv" if name == "tabs" else "")
+            )
