@@ -8,7 +8,7 @@ PIP    := DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-vers
 # Nothing here needs the network after installation; the Hub client must not wait for it.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-all matrix matrix-bloop bench-surgery bench-diagnosis bench bench-training claims curves docs style format clean help
+.PHONY: quickstart test test-all adapters matrix matrix-bloop bench-surgery bench-diagnosis bench bench-training claims curves docs style format clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -35,6 +35,10 @@ test: $(VENV)/dev.stamp ## virtual environment, install, and the test suite
 
 test-all: $(VENV)/dev.stamp ## the test suite with the slow tests
 	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# axolotl, LLaMA-Factory and ms-swift each pin many versions: an environment of their own for each.
+adapters: $(VENV)/dev.stamp ## our optimizers in the trainers that need environments of their own (minutes, and the network)
+	sh scripts/adapters_environments.sh $(BIN)/python $(VENV)/adapters
 
 # The results go into README.md and docs/scale.md.
 matrix: $(VENV)/dev.stamp ## every optimizer under every layout against one process (about a quarter of an hour)

@@ -191,7 +191,7 @@ WORK = {
 
 
 # Programs of other packages on our pages, and why they are not rehearsed.
-FOREIGN: dict[str, str] = {}
+FOREIGN: dict[str, str] = {"swift": "ms-swift has an environment of its own: tests/adapters/test_ms_swift.py runs it"}
 
 
 def rehearse(words: list[str]) -> None:

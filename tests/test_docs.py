@@ -34,6 +34,7 @@ RUN = [name for name, block in BLOCKS.items() if block.language in ("python", "b
 SUITES = ["docs/evaluation.md yaml 1", "docs/start.md yaml 1"]
 # Blocks that nothing reads: diagrams, excerpts of data and of settings.
 SHOWN = {
+    "docs/adapters.md yaml 1",  # tests/adapters/test_axolotl.py reads such settings
     "docs/scale.md  1",
     "docs/start.md text 1",
     "docs/adding_an_optimizer.md toml 1",

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from hf_momentum.commands.parsing import command_parser
 
 HELP = """\
-Run any script or module that uses a Trainer with our --optim names registered, unchanged.
+Run any script, module or trl command that uses a Trainer with our --optim names registered, unchanged.
 
 examples:
   hf-momentum run train.py --optim tam --output_dir out
-  hf-momentum run trl.scripts.sft --optim adatamw --model_name_or_path my-model ...
+  hf-momentum run trl sft --optim adatamw --model_name_or_path my-model ...
   accelerate launch -m hf_momentum.run train.py --optim tam"""
 
 
 def parser() -> argparse.ArgumentParser:
     """Its options; all that follow the script are the script's own."""
     made = command_parser("run", HELP, usage="%(prog)s SCRIPT_OR_MODULE [its arguments]")
-    made.add_argument("target", metavar="SCRIPT_OR_MODULE", help="a file, or a module that can be imported here")
+    made.add_argument("target", metavar="SCRIPT_OR_MODULE", help="a file, a module, trl, or an installed command")
     made.add_argument("rest", metavar="its arguments", nargs=argparse.REMAINDER, help="handed on as they are")
     return made
 
