@@ -8,7 +8,7 @@ PIP    := DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-vers
 # Nothing here needs the network after installation; the Hub client must not wait for it.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-all matrix matrix-bloop bench-surgery bench-diagnosis bench bench-training claims curves style format clean help
+.PHONY: quickstart test test-all matrix matrix-bloop bench-surgery bench-diagnosis bench bench-training claims curves docs style format clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -80,6 +80,9 @@ curves: $(VENV)/dev.stamp ## loss curves with state in float32, bfloat16 and int
 	$(if $(SENTIMENT),$(OFFLINE)) $(BIN)/python scripts/state_dtype_curves.py \
 		$(if $(SENTIMENT),--sentiment-data $(SENTIMENT))
 	$(BIN)/python scripts/bench_table.py
+
+docs: $(VENV)/dev.stamp ## the documentation site into outputs/site; a broken link or anchor is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 style: $(VENV)/dev.stamp ## check format, lint and types
 	$(BIN)/ruff format --check .

@@ -15,7 +15,14 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 from hf_momentum.errors import InputError
-from hf_momentum.integrations import OPTIMIZERS, create_optimizer, optimizer_cls_and_kwargs
+from hf_momentum.integrations import (
+    OPTIMIZERS,
+    OptimizerSpec,
+    create_optimizer,
+    load_plugins,
+    optimizer_cls_and_kwargs,
+    register,
+)
 from hf_momentum.integrations import deepspeed_hook as _deepspeed_hook
 from hf_momentum.integrations import transformers_hook as _transformers_hook
 from hf_momentum.optim import (
@@ -62,10 +69,12 @@ __all__ = [
     "MomentumSchedule",
     "MomentumTrainer",
     "MomentumTrainingArguments",
+    "OptimizerSpec",
     "VRAdam",
     "VRMomentum",
     "create_optimizer",
     "optimizer_cls_and_kwargs",
+    "register",
 ]
 
 _transformers_hook.install()
@@ -83,3 +92,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(hf_momentum.training, name)
     raise AttributeError(f"module 'hf_momentum' has no attribute {name!r}")
+
+
+# Last, because their modules import this one.
+load_plugins()

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "integrations": {"optim", "sharding"},
     "training": {"sharding", "kernels", "optim", "surgery", "evaluation", "diagnosis", "integrations"},
     "launch": {"training", "integrations"},
-    "commands": {"training", "evaluation", "diagnosis", "integrations", "run", "launch", "kernels", "sharding"},
+    "commands": {"sharding", "kernels", "training", "evaluation", "diagnosis", "integrations", "run", "launch"},
     "cli": {"commands"},
     "run": {"integrations"},
     "__main__": {"cli"},

@@ -1,6 +1,7 @@
 """The CPU kernels compute what the functions on lists compute, whatever the sizes, threads and storage."""
 
 import logging
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -553,6 +554,21 @@ def test_a_cache_that_cannot_be_written_is_named(cache):
     cache.parent.parent.mkdir()
     cache.parent.write_text("a file in the way")
     assert cpu.available()[1].startswith(f"cannot write the cache {cache}")
+
+
+def test_a_cache_that_others_can_write_to_is_closed_to_them(cache):
+    cache.mkdir(parents=True)
+    cache.chmod(0o777)
+    assert cpu.available() == (True, "")
+    assert cache.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_library_in_a_folder_of_another_user_is_not_loaded(cache, monkeypatch):
+    cpu._compiled()
+    monkeypatch.setattr(os, "getuid", lambda: cache.stat().st_uid + 1)
+    assert (
+        cpu.available()[1] == f"the cache {cache} belongs to another user; set XDG_CACHE_HOME to a folder of your own"
+    )
 
 
 def test_another_compiler_or_processor_has_its_own_library(cache, monkeypatch, tmp_path):

@@ -102,6 +102,14 @@ def test_a_language_model_is_counted_as_it_is():
     assert (size.linear, size.layers, size.hidden, size.vocabulary) == (block, 3, 256, 64)
 
 
+@pytest.mark.parametrize("make", [llama, bert])
+def test_adapters_are_counted_without_making_them(make):
+    targets, saved = (["query", "value"], ["classifier"]) if make is bert else (["all-linear"], [])
+    planned = Size.of(make(2), 4, targets, saved)
+    config = LoraConfig(r=4, target_modules=targets if make is bert else "all-linear", modules_to_save=saved or None)
+    assert planned == Size.of(get_peft_model(make(2), config))
+
+
 def test_of_an_adapter_only_what_trains_has_gradients_and_state():
     size = Size.of(get_peft_model(llama(2), LoraConfig(r=4, target_modules="all-linear")))
     memory = estimate(size, tokens=8, state=8.0, dtype="bfloat16")
@@ -109,7 +117,8 @@ def test_of_an_adapter_only_what_trains_has_gradients_and_state():
     assert (memory.gradients, memory.state) == (4 * size.trained, 8 * size.trained)
     assert memory.weights == 2 * (size.parameters - size.trained) + 4 * size.trained
     packed = estimate(size, tokens=8, state=8.0, dtype="bfloat16", four_bit=True)
-    assert memory.weights - packed.weights == pytest.approx((2 - 0.516) * size.linear, rel=1e-3)
+    others = size.parameters - size.trained - size.linear
+    assert packed.weights == pytest.approx(0.516 * size.linear + 4 * others + 4 * size.trained, rel=1e-3)
 
 
 def test_shards_and_recomputation_cost_less():

@@ -18,7 +18,7 @@ from transformers.training_args import OptimizerNames
 import hf_momentum
 from hf_momentum import AdaTAMW, InputError, MomentumTrainer, MomentumTrainingArguments
 from hf_momentum.integrations import OPTIMIZERS, transformers_hook
-from hf_momentum.integrations.registry import OptimizerSpec, _registry
+from hf_momentum.integrations.registry import OptimizerSpec, _table
 
 
 def arguments(tmp_path, cls=TrainingArguments, **kwargs):
@@ -185,7 +185,7 @@ def test_installing_twice_changes_nothing():
 def test_a_name_is_registered_once():
     spec = OPTIMIZERS["tam"]
     with pytest.raises(ValueError, match="two optimizers are registered under the name 'tam'"):
-        _registry(spec, OptimizerSpec("tam", AdaTAMW, "", "", True))
+        _table(spec, OptimizerSpec("tam", AdaTAMW, "", "", True))
     with pytest.raises(TypeError):
         OPTIMIZERS["new"] = spec
 

@@ -86,7 +86,7 @@ BAD_RECIPES = [
     ("optim: adatamw\nadam_beta1: 1.5", r"betas\[0\] must be a number in \[0, 1\), got 1.5"),
     ("learning_rate: fast", "argument --learning_rate.*invalid float value: 'fast'"),
     ("max_steps: 2.5", "invalid int value: '2.5'"),
-    ("task: poetry", r"'poetry' is not accepted.*causal_lm, sequence_classification"),
+    ("task: poetry", r"'poetry' is not accepted.*causal_lm, chat, preference, sequence_classification"),
     ("lora_r: 0", "lora_r must be at least 1, got 0"),
     ("block_size: 0", "block_size must be at least 1, got 0"),
     ("scratch_hidden_size: 100", "scratch_hidden_size must be a multiple of 32, got 100"),

@@ -266,7 +266,7 @@ def test_adapters_of_a_picture_model_bring_their_head(seeing, digits, tmp_path):
     ("task", "more", "says"),
     [
         ("chat", ["--packin=true"], "did you mean 'packing'"),
-        ("causal_lm", ["--packing=true"], "unknown argument '--packing=true'"),
+        ("causal_lm", ["--packing=true"], "unknown argument '--packing'"),
         ("chat", ["--trust_remote_code=true"], "no code of a model's repository is run"),
         ("chat", ['--model_init_kwargs={"dtype": "float16"}'], "use model_dtype"),
         ("chat", ["--model_name_or_path=scratch"], "name a pretrained model"),

@@ -54,7 +54,7 @@ class OneLineParser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
             typed = unknown[0].partition("=")[0]
-            self.error(f"unknown argument {unknown[0]!r}{nearest(typed, self._option_string_actions)}")
+            self.error(f"unknown argument {typed!r}{nearest(typed, self._option_string_actions)}")
         return known
 
 

@@ -107,16 +107,20 @@ def arguments_of(function: Any, without: Iterable[str]) -> dict[str, Argument]:
     return {name: Argument(name, hints[name], parameters[name].default) for name in parameters if name not in without}
 
 
-def _registry(*specs: OptimizerSpec) -> Mapping[str, OptimizerSpec]:
+def _table(*specs: OptimizerSpec) -> dict[str, OptimizerSpec]:
     table: dict[str, OptimizerSpec] = {}
     for spec in specs:
-        if spec.name in table:
-            raise ValueError(f"two optimizers are registered under the name {spec.name!r}")
-        table[spec.name] = spec
-    return MappingProxyType(table)
+        _put(table, spec)
+    return table
 
 
-OPTIMIZERS: Mapping[str, OptimizerSpec] = _registry(
+def _put(table: dict[str, OptimizerSpec], spec: OptimizerSpec) -> None:
+    if spec.name in table:
+        raise ValueError(f"two optimizers are registered under the name {spec.name!r}")
+    table[spec.name] = spec
+
+
+_TABLE = _table(
     OptimizerSpec(
         name="tam",
         cls=TAM,
@@ -188,6 +192,18 @@ OPTIMIZERS: Mapping[str, OptimizerSpec] = _registry(
         adam_arguments=False,
     ),
 )
+
+OPTIMIZERS: Mapping[str, OptimizerSpec] = MappingProxyType(_TABLE)
+"""All names, ours and those that `register` has added, as a view that cannot be written to."""
+
+
+def add(spec: OptimizerSpec) -> None:
+    """Put an optimizer into the table; `registration.register` checks it first and tells transformers.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    _put(_TABLE, spec)
 
 
 def get_spec(name: str) -> OptimizerSpec:

@@ -73,6 +73,14 @@ def add_names(training_args: ModuleType) -> None:
     for name in OPTIMIZERS:
         if name not in names._value2member_map_:
             _add_member(names, name)
+    taken = sorted(foreign_names(training_args) & set(OPTIMIZERS))
+    _require(not taken, f"room for an optimizer {taken[0] if taken else ''!r}: it has one of its own; not that name")
+
+
+def foreign_names(training_args: ModuleType) -> set[str]:
+    """The names in `OptimizerNames` that are not ours: transformers' own."""
+    members = training_args.__dict__["OptimizerNames"]._value2member_map_
+    return {name for name, member in members.items() if "__reduce_ex__" not in vars(member)}
 
 
 def _add_member(enum: Any, value: str) -> None:
@@ -108,7 +116,7 @@ def add_handlers(trainer_optimizer: ModuleType) -> None:
         "dataclass trainer_optimizer.OptimizerContext with args",
     )
     for name in OPTIMIZERS:
-        table[name] = _handle
+        table.setdefault(name, _handle)  # never in the place of one of its own
 
 
 def add_callback(trainer: ModuleType) -> None:

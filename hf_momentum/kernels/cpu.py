@@ -90,9 +90,12 @@ def _compiled() -> Path:
     digest = hashlib.sha256("\0".join(key).encode()).hexdigest()[:24]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf-momentum" / "kernels"
     target = folder / f"cpu-{digest}.so"
+    try:
+        _keep_to_ourselves(folder)
+    except OSError as error:
+        raise _Unavailable(f"cannot write the cache {folder} ({error}); set XDG_CACHE_HOME") from error
     if not target.exists():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
         except OSError as error:
             raise _Unavailable(f"cannot write the cache {folder} ({error}); set XDG_CACHE_HOME") from error
@@ -103,6 +106,16 @@ def _compiled() -> Path:
         finally:
             Path(temporary).unlink(missing_ok=True)
     return target
+
+
+def _keep_to_ourselves(folder: Path) -> None:
+    """Make the folder, and let nobody else write to it: what lies there is loaded and run."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid():
+        raise _Unavailable(f"the cache {folder} belongs to another user; set XDG_CACHE_HOME to a folder of your own")
+    if found.st_mode & 0o022:
+        folder.chmod(0o700)
 
 
 def _output_of(command: list[str]) -> str:

@@ -300,7 +300,10 @@ class AHBAdam(MomentumOptimizer):
         lr: learning rate, >= 0. Default 1e-3.
         beta2: b2, in [0, 1). Default 0.999.
         eps: added to sqrt(v), >= 0. Default 1e-8.
-        delta, cap_root, granularity, previous_grad_dtype: as for `AHBSGD`.
+        delta: beta is at most 1 - delta, as for `AHBSGD`. Default 1e-3.
+        cap_root: as for `AHBSGD`. Default False.
+        granularity: `"global"` (default) or `"tensor"`, as for `AHBSGD`.
+        previous_grad_dtype: `"float32"` (default) or `"bfloat16"`, as for `AHBSGD`.
         difference: `"plain"` (default, the paper's) or `"preconditioned"`.
         weight_decay: wd, >= 0. Default 0.
         decoupled_weight_decay: True (default), or False to add wd w to the gradient.
@@ -399,7 +402,10 @@ class AHBAdamW(MomentumOptimizer):
         lr: learning rate, >= 0. Default 1e-3.
         beta2: b2, in [0, 1). Default 0.999.
         eps: added to sqrt(v), >= 0. Default 1e-8.
-        delta, cap_root, granularity, previous_grad_dtype: as for `AHBSGD`.
+        delta: beta is at most 1 - delta, as for `AHBSGD`. Default 1e-3.
+        cap_root: as for `AHBSGD`. Default False.
+        granularity: `"global"` (default) or `"tensor"`, as for `AHBSGD`.
+        previous_grad_dtype: `"float32"` (default) or `"bfloat16"`, as for `AHBSGD`.
         difference: `"plain"` (default, the paper's) or `"preconditioned"`; see `AHBAdam`.
         weight_decay: wd, >= 0. Default 1e-2, as in `torch.optim.AdamW`.
         maximize: ascend instead of descend. Default False.

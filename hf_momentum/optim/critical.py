@@ -146,7 +146,8 @@ class CriticalSGD(MomentumOptimizer):
         lr: learning rate, >= 0. Default 1e-2.
         law: which law; default "critical".
         curvature: L, a number >= 0 (default 1, the paper's) or "measured".
-        low, high: bounds of mu, 0 <= low <= high < 1. Default 0 and 0.99 (ours; the paper's are unknown).
+        low: lower bound of mu, in [0, high]. Default 0 (ours; the paper's is unknown).
+        high: upper bound of mu, in [low, 1). Default 0.99 (ours; the paper's is unknown).
         weight_decay: wd, >= 0. Default 0.
         decoupled_weight_decay: True (default), or False to add wd w to the gradient as torch's SGD does.
         maximize: ascend instead of descend. Default False.
@@ -262,7 +263,8 @@ class CriticalAdamW(MomentumOptimizer):
         eps: added to sqrt(v), >= 0. Default 1e-8.
         law: "critical" (default) or "critical_exact".
         curvature: L, a number >= 0 (default 1) or "measured".
-        low, high: bounds of b1, 0 <= low <= high < 1. Default 0 and 0.99 (ours).
+        low: lower bound of b1, in [0, high]. Default 0 (ours).
+        high: upper bound of b1, in [low, 1). Default 0.99 (ours).
         weight_decay: wd, >= 0, decoupled. Default 1e-2, as in `torch.optim.AdamW`.
         maximize: ascend instead of descend. Default False.
         fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at

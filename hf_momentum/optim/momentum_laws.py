@@ -174,7 +174,8 @@ class MomentumSchedule:
         fraction: for switch="fraction".
         threshold: for switch="metric".
         momentum: for `constant`; and the start of `demon`.
-        low, high: bounds of the critical laws; the low and high points of `onecycle` unless left at their defaults.
+        low: lower bound of the critical laws; the low point of `onecycle` unless left at its default.
+        high: upper bound of the critical laws; the high point of `onecycle` unless left at its default.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or the optimizer has no momentum.

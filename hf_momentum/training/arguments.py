@@ -1,7 +1,7 @@
 """The fields of a recipe: model, data, PEFT, and all of transformers' TrainingArguments."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import DistributedType
@@ -283,6 +283,10 @@ class MomentumTrainingArguments(TrainingArguments):
                 raise ValueError("momentum_schedule_args is given, but no momentum_schedule")
         else:
             parse_schedule(self.momentum_schedule, self.momentum_schedule_args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the token: `training_args.bin`, a pickle of this, lies beside every checkpoint."""
+        return {**self.__dict__, "hub_token": None}
 
 
 def _known_to_transformers(name: str) -> bool:

@@ -78,7 +78,8 @@ class BloopMixin:
         aux_data_collator: makes a batch of them; one, or by name; the Trainer's own unless given.
         aux_loss_func: `f(model, inputs)` for the auxiliary batch, or, without a dataset, for the main one. In a
             subclass, override `compute_aux_loss` instead.
-        *args, **kwargs: of the Trainer.
+        *args: of the Trainer.
+        **kwargs: of the Trainer.
 
     Raises:
         InputError: an argument or dataset that cannot be used.

@@ -25,16 +25,19 @@ from hf_momentum.evaluation import (
 )
 from hf_momentum.evaluation.scores import classification_rows
 from hf_momentum.evaluation.suite import Suite
+from hf_momentum.evaluation.writing import write_whole
 from hf_momentum.integrations import OPTIMIZERS
-from hf_momentum.training import corpus
+from hf_momentum.training import corpus, hub
 from hf_momentum.training.arguments import TRL_TASKS, MomentumTrainingArguments
 from hf_momentum.training.bloop import BloopTrainer
-from hf_momentum.training.card import model_card
+from hf_momentum.training.card import model_card, provenance
 from hf_momentum.training.checkpoints import check_checkpoint, find_checkpoint
+from hf_momentum.training.disk import full_disk_stops
 from hf_momentum.training.models import load_base, load_model, lora_config, with_adapters
 from hf_momentum.training.processes import check_launch, layout
 from hf_momentum.training.recipe import Recipe
 from hf_momentum.training.replay import ReplayMixture
+from hf_momentum.training.scrubbing import arguments_json
 from hf_momentum.training.sources import Loader, Split
 from hf_momentum.training.suite_rows import load_suite
 from hf_momentum.training.suite_trainer import suite_datasets, suite_metrics
@@ -211,8 +214,11 @@ def train(recipe: Recipe) -> Outcome:
         >>> from hf_momentum.training import load_recipe
         >>> recipe = load_recipe("quickstart", ["--max_steps", "2"])  # then: train(recipe)
     """
-    training, prepared = recipe.training, prepare(recipe)
+    training = recipe.training
+    pushes = hub.before_training(training)
+    prepared = prepare(recipe)
     trainer, splits = prepared.trainer, prepared.splits
+    folder = Path(training.output_dir)
     started = time.perf_counter()
     before: list[np.ndarray] = []
 
@@ -223,31 +229,39 @@ def train(recipe: Recipe) -> Outcome:
         trainer.before_training = measure_before
     else:
         measure_before()
-    trainer.train(resume_from_checkpoint=prepared.checkpoint)
+    with full_disk_stops(folder):
+        if trainer.is_world_process_zero():  # now, so that the checkpoints of an interrupted run have them, too
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / "recipe.yaml", recipe.to_yaml())
+            write_whole(folder / "training_args.json", arguments_json(trainer.args))
+        trainer.train(resume_from_checkpoint=prepared.checkpoint)
     after = [measure(trainer, split, "after") for split in splits]
     seconds = time.perf_counter() - started
 
-    trainer.save_model()
+    trainer.args.push_to_hub = False  # else transformers pushes here, before there is a report
+    with full_disk_stops(folder):
+        trainer.save_model()
+    trainer.args.push_to_hub = pushes is not None
     results = [_result(recipe, *each) for each in zip(splits, before, after, strict=True)]
+    base_model = None if prepared.from_scratch else recipe.model.model_name_or_path
+    facts = _facts(recipe, trainer, prepared.train_split, seconds)
     report = Report(
         title=_title(recipe),
         unit=recipe.unit,
         splits=results,
         history=trainer.state.log_history,
-        facts=_facts(recipe, trainer, prepared.train_split, seconds),
+        facts=facts | provenance(base_model, getattr(trainer.model.config, "_commit_hash", None)),
         recipe=recipe.to_yaml(),
         command=_command(recipe),
     )
-    folder = Path(training.output_dir)
     if trainer.is_world_process_zero():
-        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        report.write(folder)
-        base_model = None if prepared.from_scratch else recipe.model.model_name_or_path
-        pictures = [str(path.relative_to(folder)) for path in sorted((folder / "plots").glob("*.png"))]
-        trainer.card = model_card(report, base_model, recipe.peft.lora, _optimizer(recipe), pictures)
-        trainer.create_model_card()
-    if training.push_to_hub:
-        trainer.push_to_hub(commit_message="hf-momentum: end of training")
+        with full_disk_stops(folder):
+            report.write(folder)
+            pictures = [str(path.relative_to(folder)) for path in sorted((folder / "plots").glob("*.png"))]
+            trainer.card = model_card(report, base_model, recipe.peft.lora, _optimizer(recipe), pictures)
+            trainer.create_model_card()
+        if pushes is not None:
+            print(hub.push(pushes).url, flush=True)
     return Outcome(report, folder, trainer.is_world_process_zero())
 
 

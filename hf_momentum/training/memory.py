@@ -4,7 +4,8 @@ Parameters and state are counted exactly. Activations are an estimate from the w
 against what the autograd graphs of Llama, Qwen3, BERT, ModernBERT and ViT keep. Nothing here was measured on a GPU.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,9 @@ _FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 # What a block keeps for its backward pass, in bytes per token: so much per output of its linear layers and per hidden
 # unit. Attention keeps nothing of size tokens x tokens in the fused kernels that are taken for granted.
 _PER_FEATURE, _PER_HIDDEN = 4, 14
+
+# What classifiers call their heads, which PEFT leaves out of all-linear and trains in full.
+_HEADS = ("classifier", "score")
 
 # Logits in bfloat16 and their gradient, their float32 copy and its gradient, and the log-probabilities: 2+2+4+4+4.
 _PER_LOGIT = 16
@@ -54,32 +58,58 @@ class Size:
     vocabulary: int
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Size":
+    def of(
+        cls,
+        model: nn.Module,
+        rank: int | None = None,
+        targets: Sequence[str] = ("all-linear",),
+        saved: Sequence[str] = (),
+    ) -> "Size":
         """Count a transformer of transformers, or PEFT's wrapper of one; on the meta device it costs no memory.
+
+        Args:
+            model: with a configuration.
+            rank: of LoRA adapters that are to be put into it; None for those that it has, or none.
+            targets: the last parts of the names of the layers that get them, or all-linear.
+            saved: the names of modules that are trained in full beside them, of which PEFT makes a copy.
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
             >>> config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=100,
             ...     num_attention_heads=2)
             >>> with torch.device("meta"):
-            ...     size = Size.of(LlamaForCausalLM(config))
-            >>> size.parameters, size.features, size.vocabulary
-            (95040, 1152, 100)
+            ...     model = LlamaForCausalLM(config)
+            >>> Size.of(model).parameters, Size.of(model).features, Size.of(model, rank=8).trained
+            (95040, 1152, 17408)
         """
         config: Any = model.config
-        base = [
-            module
+        vocabulary = config.to_dict().get("vocab_size")  # vision models have none
+        linear = {
+            name: module
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and "lora_" not in name and _in_block(name)
-        ]
+            if isinstance(module, nn.Linear) and "lora_" not in name and module.out_features != vocabulary
+        }
+        blocks = [module for name, module in linear.items() if _in_block(name)]
+        parameters = sum(param.numel() for param in model.parameters())
+        trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+        if rank is not None:
+            trained = rank * sum(
+                module.in_features + module.out_features
+                for name, module in linear.items()
+                if name.rpartition(".")[2] in targets or (list(targets) == ["all-linear"] and name not in _HEADS)
+            )
+            trained += sum(
+                param.numel() for name, param in model.named_parameters() if set(saved) & set(name.split("."))
+            )
+            parameters += trained
         return cls(
-            parameters=sum(param.numel() for param in model.parameters()),
-            trained=sum(param.numel() for param in model.parameters() if param.requires_grad),
-            linear=sum(module.weight.numel() for module in base),
-            features=sum(module.out_features for module in base),
+            parameters=parameters,
+            trained=trained,
+            linear=sum(module.weight.numel() for module in blocks),
+            features=sum(module.out_features for module in blocks),
             hidden=config.hidden_size,
             layers=config.num_hidden_layers,
-            vocabulary=config.vocab_size if _is_language_model(model) else 0,
+            vocabulary=vocabulary if _is_language_model(model, vocabulary) else 0,
         )
 
 
@@ -142,7 +172,7 @@ def estimate(
         dtype: of the weights: float32, bfloat16 or float16 (the recipe's `model_dtype`). Adapters are float32, as PEFT
             makes them.
         autocast: whether bf16 or fp16 of the trainer is on: float32 weights then have a copy in 16 bits.
-        four_bit: whether the linear layers of the blocks are held in 4 bits.
+        four_bit: whether the linear layers of the blocks are held in 4 bits, and all else in float32.
         checkpointing: whether blocks are computed again in the backward pass (`gradient_checkpointing`).
         whole_logits: whether the logits of all tokens exist at once; TRL's SFTTrainer forms them in parts.
         activations: bytes, where they are known better than by the estimate, as for a convolutional network.
@@ -164,14 +194,16 @@ def estimate(
     adapters = size.trained if size.trained < size.parameters else 0
     packed = size.linear if four_bit else 0
     width = _BYTES[dtype]
-    weights = packed * _FOUR_BITS + (size.parameters - adapters - packed) * width + adapters * 4
+    # What is not held in 4 bits is cast to float32, but by TRL's trainers, which leave it as it is.
+    rest = 4.0 if four_bit else width
+    weights = packed * _FOUR_BITS + (size.parameters - adapters - packed) * rest + adapters * 4
     gradients = size.trained * (4 if adapters else width)
     # Embeddings, which are looked up and not multiplied, are copied only where they are the head as well.
     copied = 2.0 * (size.linear + size.vocabulary * size.hidden) if autocast and width == 4 else 0.0
     if processes > 1:
         # Two blocks are gathered at a time, the one that computes and the next; embeddings and head stay gathered.
-        rest = size.parameters - adapters - size.linear
-        copied = 2.0 * (2 * size.linear / size.layers + rest)
+        outside = size.parameters - adapters - size.linear
+        copied = 2.0 * (2 * size.linear / size.layers + outside)
     if activations is None:
         activations = _activations(size, tokens, width, checkpointing)
         activations += _PER_LOGIT * size.vocabulary * (tokens if whole_logits else min(tokens, 1024))
@@ -215,6 +247,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+@functools.cache
 def state_bytes(optim: str, optim_args: str | None = None) -> float:
     """Bytes of state per trained weight, read off the optimizer after a step on one tensor.
 
@@ -283,10 +316,8 @@ def minutes(size: Size, *, tokens: int, peak: float = 989e12, utilisation: float
     return size.parameters * tokens * (operations + 2 * again) / (peak * utilisation) / 60
 
 
-def _is_language_model(model: nn.Module) -> bool:
+def _is_language_model(model: nn.Module, vocabulary: int | None) -> bool:
     """Whether it has a head as wide as its vocabulary."""
-    config: Any = model.config
-    vocabulary = config.to_dict().get("vocab_size")  # vision models have none
     return any(isinstance(module, nn.Linear) and module.out_features == vocabulary for module in model.modules())
 
 

@@ -147,7 +147,7 @@ def training_arguments(words: Sequence[str]) -> MomentumTrainingArguments:
     if unknown:
         names = [field.name for field in dataclasses.fields(MomentumTrainingArguments) if field.init]
         flag = unknown[0].removeprefix("--").partition("=")[0].replace("-", "_")
-        raise InputError(f"unknown argument {unknown[0]!r}{nearest(flag, names)}")
+        raise InputError(f"unknown argument {unknown[0].partition('=')[0]!r}{nearest(flag, names)}")
     _check_training(arguments)
     return arguments
 
@@ -185,9 +185,10 @@ def load_recipe(config: str | None = None, overrides: Sequence[str] = ()) -> Rec
         raise InputError(f"{where}{_one_line(error)}") from error
     if unknown:
         flag = unknown[0].removeprefix("--").partition("=")[0].replace("-", "_")
-        raise InputError(f"unknown argument {unknown[0]!r}{nearest(flag, fields)}")
+        raise InputError(f"unknown argument {unknown[0].partition('=')[0]!r}{nearest(flag, fields)}")
     given = {**words, **_overridden(overrides)}
     given.pop("resume_from_checkpoint", None)  # how this run came about, not what it is
+    given.pop("hub_token", None)  # a recipe is written to files that others read
     recipe = Recipe(name, given, *arguments)
     _check(recipe)
     return recipe

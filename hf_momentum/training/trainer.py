@@ -149,8 +149,11 @@ class MomentumMixin:
                 f"transformers {__version__} prepares a model in a way that is not known here, so it cannot be "
                 "evaluated before training; use transformers 5.17 to 5.23"
             )
-        unwrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        unwrapped = self.accelerator.unwrap_model(self.model)
         vars(unwrapped).pop("_is_accelerate_prepared", None)
+        # Accelerate's own way back from autocast (keep_fp32_wrapper=False) would take TRL's forward off with it.
+        if "_original_forward" in vars(unwrapped):
+            unwrapped.forward = vars(unwrapped).pop("_original_forward")
         speak = self.is_world_process_zero()
         checkpoint = find_checkpoint(resume_from_checkpoint or None, self.args.output_dir, speak)
         if checkpoint is not None and not self.args.save_only_model:

@@ -1,13 +1,15 @@
-"""Writes docs/claims.md from docs/claims.json, which the other programs of this folder leave there.
+"""Writes docs/claims.md and README's table from docs/claims.json, which the other programs of this folder leave there.
 
-    python scripts/claims/page.py          rewrite the page
-    python scripts/claims/page.py --check  only say whether it is up to date (exit status 1 if not)
+    python scripts/claims/page.py          rewrite them
+    python scripts/claims/page.py --check  only say whether they are up to date (exit status 1 if not)
 
 The JSON holds differences, seed by seed. Intervals, p-values and verdicts are formed from them here, each time.
 """
 
 import json
+import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,8 @@ from typing import Any
 from common import ROOT
 from rows import Judged, Row, as_data, from_data, judged, shown, unbeaten, verdict
 
-DATA, PAGE = ROOT / "docs" / "claims.json", ROOT / "docs" / "claims.md"
+DATA, PAGE, README = ROOT / "docs" / "claims.json", ROOT / "docs" / "claims.md", ROOT / "README.md"
+BEGIN, END = "<!-- claims from docs/claims.json: begin -->", "<!-- claims: end -->"
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class About:
 
     Attributes:
         title: of its section.
+        short: the claim in a few words, for README.
         claimed: the paper's words and figures, as far as we could read them.
         setting: what is run, and what the controls are.
         paper_scale: where the paper measured, which no size here is.
@@ -42,6 +46,7 @@ class About:
     """
 
     title: str
+    short: str
     claimed: str
     setting: str
     paper_scale: str
@@ -51,6 +56,7 @@ class About:
 ABOUT: Mapping[str, About] = {
     "tam": About(
         "TAM and AdaTAMW",
+        "TAM and AdaTAMW generalise better than SGD and AdamW, also under shift",
         "Torque-Aware Momentum (arXiv 2412.18790): generalises better than classical momentum and handles "
         "distribution shifts better, with SGD and with Adam. We could read no single headline figure.",
         "Shifted sets: 600 digits of other writers, and the test images with noise, blur, turned by 20 degrees, and "
@@ -60,6 +66,7 @@ ABOUT: Mapping[str, About] = {
     ),
     "ahb": About(
         "AHB",
+        "AHB bears larger learning rates than SGD with momentum, and generalises better",
         "Adaptive momentum from quadratics (arXiv 2110.09057): more robust to large learning rates, converges faster "
         "and generalises better than SGD with momentum.",
         "Fifteen learning rates, three to a decade. The two controls at a large learning rate are SGD with momentum "
@@ -74,6 +81,7 @@ ABOUT: Mapping[str, About] = {
     ),
     "critical": About(
         "The critical law of momentum and its hybrid",
+        "the critical law and its hybrid reach a level of accuracy sooner",
         "Beta-scheduling (arXiv 2603.28921), ResNet-18 on CIFAR-10, one seed: constant 0.9 takes 1.9 times as long "
         "as the critical law to 90 %, and the hybrid is the first of five schedules to reach 95 %. No gain in "
         "accuracy is claimed.",
@@ -90,6 +98,7 @@ ABOUT: Mapping[str, About] = {
     ),
     "vradam": About(
         "VRAdam",
+        "VRAdam reaches a lower test loss than AdamW",
         "VRAdam (arXiv 2505.13196), single runs, test loss against AdamW's: WikiText-2 6.00 to 6.50, CIFAR-10 0.469 "
         "to 0.565, GPT-2 124M on FineWeb-Edu 3.447 to 3.511.",
         "β₃ = 1 and α₁ = 10 as published, weight decay 0.01 in all. Shifted sets as for TAM. The control, AdamW at "
@@ -98,6 +107,7 @@ ABOUT: Mapping[str, About] = {
     ),
     "vradam_edge": About(
         "VRAdam at the edge of stability",
+        "VRAdam settles where the loss is flatter (our question)",
         "VRAdam (arXiv 2505.13196) brakes when weights move fast, which is said to damp the oscillations at the edge "
         "of stability. Whether it then settles where the loss is flatter is what is asked here.",
         "Squared error, a tanh network of two hidden layers, float64, constant learning rate, chosen because AdamW "
@@ -115,6 +125,7 @@ ABOUT: Mapping[str, About] = {
     ),
     "bloop": About(
         "Bloop",
+        "Bloop's front of main against auxiliary loss is better than the mixture's, PCGrad's and replay's",
         "Bloop (arXiv 2402.02998): better fronts of main against auxiliary loss than the mixture and PCGrad. The "
         "paper gives fronts only, no figures.",
         "From the report of `hf-momentum pareto` ([methods/bloop.md](methods/bloop.md)). All methods share the "
@@ -123,6 +134,7 @@ ABOUT: Mapping[str, About] = {
     ),
     "layers": About(
         "Layer attribution: the same layers under SGD and Adam",
+        "errors of models trained by SGD and by Adam point to the same layers",
         "Beta-scheduling (arXiv 2603.28921): the gradient on misclassified examples picks 3 of 7 layer groups of a "
         "ResNet, the same 3 whether SGD or Adam trained it. By chance alone that happens once in 35. How the paper "
         "normalises the gradient is not known to us, so five scores are tried.",
@@ -135,6 +147,7 @@ ABOUT: Mapping[str, About] = {
     ),
     "planted": About(
         "Layer attribution: a planted fault",
+        "errors point to the layer in which a fault was planted, and retraining it mends most",
         "That errors point to the layers at fault is what the attribution of arXiv 2603.28921 is for. We know of no "
         "test of it with a fault that was planted; nine in ten and 90 % are our measure.",
         "One block of a trained model, another at each seed, gets noise on its weight matrices (in multiples of each "
@@ -148,6 +161,7 @@ ABOUT: Mapping[str, About] = {
     ),
     "repairs": About(
         "Targeted correction",
+        "retraining the layers that errors point to fixes more than it breaks, and more than other layers do",
         "Beta-scheduling (arXiv 2603.28921): retraining the layers that errors point to, 18 % of the parameters, fixes "
         "62 errors; the best net gain is 22.",
         "From the reports of `hf-momentum repair --baselines`. Every way to retrain has the same steps and is tuned on "
@@ -227,6 +241,38 @@ def page(data: Mapping[str, Any]) -> str:
     return "\n".join([INTRODUCTION, *summary, "", *sections]).rstrip() + "\n"
 
 
+def short_table(data: Mapping[str, Any]) -> str:
+    """README's table: a line for each program, with how often it came to which verdict."""
+    lines = ["| claim | measured on | seeds | verdicts |", "|---|---|---:|---|"]
+    for name, about in ABOUT.items():
+        if name not in data:
+            continue
+        rows = [from_data(row) for found in data[name].values() for row in found["rows"]]
+        verdicts = [
+            verdict(one) for found in data[name].values() for one in judged(list(map(from_data, found["rows"])))
+        ]
+        counted = "; ".join(f"**{said}** ({number} of {len(rows)})" for said, number in Counter(verdicts).most_common())
+        seeds = sorted({row.seeds for row in rows})
+        shown_seeds = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        settings = ", ".join(dict.fromkeys(re.split("[,:]", row.setting)[0] for row in rows))
+        link = f"[{about.short}](docs/claims.md#{re.sub('[^a-z0-9 ]', '', about.title.lower()).replace(' ', '-')})"
+        lines.append(f"| {link} | {escaped(settings)} | {shown_seeds} | {counted} |")
+    return "\n".join(lines)
+
+
+def readme(text: str, data: Mapping[str, Any]) -> str:
+    """README with the table between its two markers.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    before, found, rest = text.partition(BEGIN)
+    _, also, after = rest.partition(END)
+    if not found or not also:
+        raise ValueError(f"no markers {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{short_table(data)}\n\n{END}{after}"
+
+
 def escaped(text: str) -> str:
     """Fit for a cell of a table.
 
@@ -242,11 +288,13 @@ def _cell(row: Row, compared: Sequence[Judged]) -> str:
 
 
 def main(given: Sequence[str]) -> int:
-    """Write the page, or with --check only say whether it is what the JSON gives."""
-    text = page(json.loads(DATA.read_text(encoding="utf-8")))
+    """Write page and table, or with --check only say whether they are what the JSON gives."""
+    data = json.loads(DATA.read_text(encoding="utf-8"))
+    texts = {PAGE: page(data), README: readme(README.read_text(encoding="utf-8"), data)}
     if "--check" in given:
-        return int(text != PAGE.read_text(encoding="utf-8"))
-    PAGE.write_text(text, encoding="utf-8")
+        return int(any(text != file.read_text(encoding="utf-8") for file, text in texts.items()))
+    for file, text in texts.items():
+        file.write_text(text, encoding="utf-8")
     return 0
 
 
