@@ -82,8 +82,11 @@ def open_data(place: str) -> dict[str, datasets.Dataset]:
         InputError: it does not exist, cannot be read or reached, or has no train split.
 
     Example:
-        >>> sorted(open_data("stdlib:code"))
-        ['test', 'train', 'validation']
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
+        ...     print("text\\nsome words", file=file, flush=True)
+        ...     sorted(open_data(file.name))
+        ['train']
     """
     if place.startswith("stdlib:"):
         return {split: Source(place, split).load() for split in ("train", "validation", "test")}

@@ -33,7 +33,9 @@ def recipe_schema() -> dict[str, Any]:
         except InputError:
             continue
         for name, value in added.items():
-            fields.setdefault(name, value)
+            if name in fields and fields[name] != value:  # of one name, but not of one meaning: loss_type is
+                value = {"description": f"For each task of {', '.join(TRL_TASKS)}.", "anyOf": [fields[name], value]}
+            fields[name] = value
             only.setdefault(name, []).append(task)
     rules = []
     for tasks in sorted(set(map(tuple, only.values()))):
