@@ -22,6 +22,7 @@ COMMANDS = {
     "run": "run any script with our --optim names",
     "export": "write a checkpoint as a plain folder",
     "push": "push a run or a checkpoint to the Hub",
+    "doctor": "check this installation, and say what will be refused",
     "optimizers": "list the optimizers and their arguments",
 }
 

@@ -15,10 +15,12 @@ from hf_momentum.training.checkpoints import (
     MANIFEST,
     check_checkpoint,
     checkpoints_in,
+    deepspeed_files,
     faults,
     find_checkpoint,
     kind_of,
     last_complete,
+    load_deepspeed,
     load_distributed,
     optimizer_files,
     read_manifest,
@@ -26,6 +28,7 @@ from hf_momentum.training.checkpoints import (
     saved_algorithms,
     write_manifest,
 )
+from hf_momentum.training.export import read_weights
 from tests.checkpoint_job import examples, network
 
 
@@ -358,3 +361,27 @@ def test_rotation_deletes_torn_checkpoints_first_and_the_oldest_next(tmp_path):
     assert left() == ["checkpoint-4", "checkpoint-2"]
     rotate(tmp_path, 1, keep=[newest])
     assert left() == ["checkpoint-4"]
+
+
+class _Runs:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (Path.touch, (self.marker,))
+
+
+def test_a_deepspeed_checkpoint_that_would_run_code_is_refused_before_anything_unpickles_it(tmp_path):
+    pytest.importorskip("deepspeed")
+    checkpoint, marker = zero(tmp_path / "checkpoint-2", [0]), tmp_path / "was here"
+    torch.save({"optimizer_state_dict": {}, "extra": _Runs(marker)}, deepspeed_files(checkpoint)[0])
+    for use in (
+        lambda: load_deepspeed(deepspeed_files(checkpoint)[0]),
+        lambda: check_checkpoint(str(checkpoint), "tam", 1, "DEEPSPEED"),
+        lambda: read_weights(checkpoint),
+    ):
+        with pytest.raises(InputError, match="might run code"):
+            use()
+    assert not marker.exists()
+    torch.load(deepspeed_files(checkpoint)[0], weights_only=False)  # what was refused would have run
+    assert marker.exists()

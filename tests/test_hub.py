@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from hf_momentum.cli import main
 from hf_momentum.errors import InputError
@@ -174,6 +175,22 @@ def test_json_has_the_address(hub, run, capsys):
     assert any("training_args.json" in line for line in told["summary"])
 
 
+def test_a_checkpoint_of_shards_is_put_together_first(hub, run, tmp_path):
+    from torch.distributed import checkpoint as distributed
+
+    shards = tmp_path / "run" / "checkpoint-2"
+    shutil.copytree(run / "checkpoint-2", shards)
+    for name in ("model.safetensors", "optimizer.pt", "complete.json"):
+        (shards / name).unlink()
+    weights = load_file(run / "checkpoint-2" / "model.safetensors")
+    writer = distributed.FileSystemWriter(shards / "pytorch_model_fsdp_0")
+    distributed.save({"model": weights}, storage_writer=writer, no_dist=True)
+    assert main(["push", str(shards), "me/model"]) == 0
+    got = load(hub.files("me/model")["model.safetensors"])
+    assert got.keys() == weights.keys() and all(torch.equal(got[name], weights[name]) for name in got)
+    assert [path.name for path in shards.parent.iterdir()] == ["checkpoint-2"]
+
+
 # What others can do with it
 
 WITHOUT_US = """
@@ -329,8 +346,14 @@ def test_offline_is_said_before_anything_is_asked(hub, small, monkeypatch, capsy
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("where", ["GET /api/models", "repos/create", "preupload", "PUT", "objects/batch", "/commit/"])
-@pytest.mark.parametrize(("status", "headers"), [(500, {}), (429, {"Retry-After": "7"})])
+@pytest.mark.parametrize(
+    ("where", "status", "headers"),
+    [
+        *((place, 500, {}) for place in ("GET /api/models", "repos/create", "preupload", "PUT", "objects/batch")),
+        ("/commit/", 500, {}),
+        *((place, 429, {"Retry-After": "7"}) for place in ("repos/create", "PUT", "/commit/")),
+    ],
+)
 def test_trouble_that_passes_is_waited_for(hub, small, waits, where, status, headers):
     hub.fail_next(where, times=2, status=status, headers=headers)
     assert main(["push", str(small), "me/model"]) == 0
@@ -339,8 +362,15 @@ def test_trouble_that_passes_is_waited_for(hub, small, waits, where, status, hea
     assert set(hub.files("me/model")) == {path.name for path in small.iterdir()} | {"README.md"}
 
 
-@pytest.mark.parametrize("where", ["GET /api/models", "PUT", "/commit/"])
-@pytest.mark.parametrize(("status", "words"), [(500, "trouble of its own"), (429, "too many requests")])
+@pytest.mark.parametrize(
+    ("where", "status", "words"),
+    [
+        ("GET /api/models", 500, "trouble of its own"),
+        ("PUT", 500, "trouble of its own"),
+        ("PUT", 429, "too many requests"),
+        ("/commit/", 429, "too many requests"),
+    ],
+)
 def test_trouble_that_stays_is_one_line_and_the_same_command_mends_it(hub, small, capsys, where, status, words):
     hub.fail_next(where, times=10**6, status=status)
     line = refused(["push", small, "me/model"], capsys)
@@ -388,7 +418,14 @@ def test_an_upload_that_was_killed_goes_on_where_it_was(hub, small, tmp_path):
     }
 
 
-def test_large_objects_go_in_parts(monkeypatch, hub, small):
+def test_a_hub_without_xet_storage_is_told_what_to_set():
+    from hf_momentum.training.hub_client import reason
+
+    error = ConnectionError("404 Not Found for /api/models/me/model/xet-write-token/main")
+    assert "HF_HUB_DISABLE_XET=1" in reason(error) and "HF_HUB_DISABLE_XET" not in reason(ConnectionError("no route"))
+
+
+def test_large_objects_go_in_parts(hub, small):
     hub.multipart_from = 40_000
     assert main(["push", str(small), "me/model"]) == 0
     assert sum("/part/" in request for request in hub.requests) == 6
@@ -401,12 +438,23 @@ def test_large_objects_go_in_parts(monkeypatch, hub, small):
         (lambda folder: [path.unlink() for path in folder.glob("model*")], "holds no weights"),
         (lambda folder: (folder / "model-00001-of-00002.safetensors").write_bytes(b"\x10"), "is torn"),
         (lambda folder: (folder / "recipe.yaml").write_text(f"hub_token: {SECRET}\n"), "holds what looks like a token"),
+        (lambda folder: (folder / "README.md").write_text("hub_token: of_another\n"), "README.md holds what looks"),
     ],
 )
 def test_a_folder_that_cannot_be_pushed_is_refused(hub, small, capsys, break_it, expected):
     break_it(small)
     line = refused(["push", small, "me/model"], capsys)
     assert expected in line and SECRET not in line and hub.files("me/model") == {}
+
+
+@pytest.mark.parametrize("command", ["compare", "pareto", "stream"])
+def test_reports_that_repeat_their_command_take_no_token(command, capsys, tmp_path):
+    words = {"compare": ["--optim", "tam,adamw_torch"], "pareto": [], "stream": []}[command]
+    if command == "stream":
+        words = ["--domains", "a=stdlib:code", "b=stdlib:prose", "--eval", "a=stdlib:code@test", "b=stdlib:prose@test"]
+    common = ["--config", "bloop_domain" if command == "pareto" else "quickstart", "--output_dir", tmp_path / "out"]
+    line = refused([command, *common, *words, f"--hub_token={SECRET}"], capsys)
+    assert "set HF_TOKEN" in line and SECRET not in line
 
 
 def test_an_interrupted_run_names_its_last_checkpoint(hub, run, tmp_path, capsys):
@@ -453,8 +501,6 @@ def test_a_full_disk_while_saving_is_one_line_and_resuming_ends_as_if_nothing_ha
 ):
     place, room = little_room
     words = tiny.words(place / "out", save_strategy="steps", save_steps=2)
-    from transformers import Trainer
-
     from hf_momentum.training import trainer
 
     taken = trainer.write_manifest
@@ -464,7 +510,6 @@ def test_a_full_disk_while_saving_is_one_line_and_resuming_ends_as_if_nothing_ha
         room(60_000)  # after the first whole checkpoint
         return manifest
 
-    assert Trainer is not None
     monkeypatch.setattr(trainer, "write_manifest", fill_then)
     line = refused(["train", *words], capsys)
     room(None)
@@ -550,7 +595,7 @@ def test_a_wrong_token_is_noticed_before_training(hub, tiny, tmp_path, capsys, m
 # The server itself
 
 
-def test_the_server_takes_no_object_that_differs_from_its_number(hub, monkeypatch):
+def test_the_server_takes_no_object_that_differs_from_its_number(hub):
     api = HfApi(endpoint=hub.url, token=SECRET)
     api.create_repo("me/model")
     addition = CommitOperationAdd("w.safetensors", b"\0" * 100)

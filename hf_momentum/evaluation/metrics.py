@@ -59,6 +59,24 @@ def classification_statistics(logits: torch.Tensor, labels: torch.Tensor) -> tor
     return torch.stack([losses.double(), torch.ones_like(losses).double(), right.double()], dim=1)
 
 
+def preference_statistics(answers: torch.Tensor) -> torch.Tensor:
+    """Per pair: nats and tokens of the chosen answer, nats and tokens of the rejected one, one, and chosen likelier.
+
+    Args:
+        answers: `[2 pairs, 3]`, rows of `causal_lm_statistics`: first of all chosen answers, then of all rejected ones.
+
+    Returns:
+        `[pairs, 6]`. The last column is 1 where the chosen answer has the larger log-probability as a whole.
+
+    Example:
+        >>> preference_statistics(torch.tensor([[2.0, 4.0, 1.0], [3.0, 2.0, 1.0]]))
+        tensor([[2., 4., 3., 2., 1., 1.]])
+    """
+    chosen, rejected = answers.chunk(2)
+    likelier = (chosen[:, :1] < rejected[:, :1]).to(answers.dtype)
+    return torch.cat([chosen[:, :2], rejected[:, :2], torch.ones_like(likelier), likelier], dim=1)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A figure with its 95 % interval.
@@ -82,7 +100,14 @@ class Estimate:
 
 
 def metrics_of(task: str, bytes_per_token: float) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """Name of each metric and how it follows from summed statistics `[..., 3]`.
+    """Name of each metric, the main one first, and how it follows from summed statistics.
+
+    Args:
+        task: of a recipe.
+        bytes_per_token: UTF-8 bytes of text per token, for `bits_per_byte` of "causal_lm".
+
+    For "preference", accuracy is the share of pairs whose chosen answer is the likelier one, margin the mean over pairs
+    of how much likelier (nats over the whole answer), and chosen_loss the nats per token of chosen answers.
 
     Example:
         >>> sums = np.array([2.0, 2.0, 1.0])
@@ -96,14 +121,18 @@ def metrics_of(task: str, bytes_per_token: float) -> dict[str, Callable[[np.ndar
     def accuracy(sums: np.ndarray) -> np.ndarray:
         return sums[..., 2] / sums[..., 1]
 
-    if task == "sequence_classification":
+    if task.endswith("classification"):
         return {"accuracy": accuracy, "loss": loss}
-    return {
-        "loss": loss,
-        "perplexity": lambda sums: np.exp(loss(sums)),
-        "accuracy": accuracy,
-        "bits_per_byte": lambda sums: loss(sums) / np.log(2) / bytes_per_token,
-    }
+    if task == "preference":
+        return {
+            "accuracy": lambda sums: sums[..., 5] / sums[..., 4],
+            "margin": lambda sums: (sums[..., 2] - sums[..., 0]) / sums[..., 4],
+            "chosen_loss": loss,
+        }
+    made = {"loss": loss, "perplexity": lambda sums: np.exp(loss(sums)), "accuracy": accuracy}
+    if task == "causal_lm":  # of a chat, templates and answers have no bytes of their own
+        made["bits_per_byte"] = lambda sums: loss(sums) / np.log(2) / bytes_per_token
+    return made
 
 
 def estimates(

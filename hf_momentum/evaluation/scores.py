@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from hf_momentum.errors import InputError, nearest
-from hf_momentum.evaluation.metrics import Estimate, estimate_of, resampled_sums
+from hf_momentum.evaluation.metrics import Estimate, estimate_of, metrics_of, resampled_sums
 from hf_momentum.evaluation.results import ReliabilityBin
 
 TASKS = ("causal_lm", "sequence_classification", "image_classification", "generation")
-LOWER_IS_BETTER = {"loss", "perplexity", "bits_per_byte", "calibration_error"}
+LOWER_IS_BETTER = {"loss", "perplexity", "bits_per_byte", "calibration_error", "chosen_loss"}
 BINS = 15
 
 Metric = Callable[[np.ndarray], np.ndarray]  # sums [..., columns] -> [...]
@@ -34,6 +34,8 @@ _ACCEPTED = {
     "sequence_classification": ("accuracy", "loss", "f1", "calibration_error", "f1_binary"),
     "image_classification": ("accuracy", "loss", "f1", "calibration_error", "f1_binary"),
     "generation": ("exact_match",),
+    "chat": ("loss", "perplexity", "token_accuracy"),
+    "preference": ("accuracy", "margin", "chosen_loss"),
 }
 
 
@@ -124,7 +126,7 @@ class Scorer:
     """How rows of a task become metrics.
 
     Attributes:
-        task: one of `TASKS`.
+        task: one of `TASKS`, or "chat" or "preference".
         columns: rows `[examples, ...]` as columns `[examples, k]` that may be added up over examples.
         metrics: each metric as a function of sums `[..., k]`; the first is the main one.
     """
@@ -150,7 +152,7 @@ def metric_names(task: str, classes: int = 2) -> tuple[str, ...]:
         (('loss', 'perplexity', 'token_accuracy', 'bits_per_byte'), ('accuracy', 'loss', 'f1', 'calibration_error'))
     """
     if task not in _ACCEPTED:
-        raise InputError(f"unknown task {task!r}{nearest(task, TASKS)}; accepted: {', '.join(TASKS)}")
+        raise InputError(f"unknown task {task!r}{nearest(task, _ACCEPTED)}; accepted: {', '.join(_ACCEPTED)}")
     return tuple(name for name in _ACCEPTED[task] if name != "f1_binary" or classes == 2)
 
 
@@ -159,7 +161,8 @@ def scorer(task: str, classes: int = 0, bytes_per_token: float = 1.0, metrics: S
 
     Args:
         task: "causal_lm" (rows of `causal_lm_statistics`), "sequence_classification" or "image_classification" (rows
-            of `classification_rows`), or "generation" (rows of `generation_rows`).
+            of `classification_rows`), "generation" (rows of `generation_rows`), "chat" (rows of `causal_lm_statistics`
+            over answers) or "preference" (rows of `preference_statistics`).
         classes: of a classifier; at least 2.
         bytes_per_token: UTF-8 bytes of text per token, for `bits_per_byte`.
         metrics: names, the main one first; all of the task without, but `f1_binary`.
@@ -195,6 +198,9 @@ def scorer(task: str, classes: int = 0, bytes_per_token: float = 1.0, metrics: S
         return _classifier(task, classes, names)
     if task == "generation":
         return Scorer(task, lambda rows: rows, {"exact_match": lambda sums: sums[..., 1] / sums[..., 0]})
+    if task == "preference":
+        of_pairs = metrics_of(task, 1.0)
+        return Scorer(task, lambda rows: rows, {name: of_pairs[name] for name in names})
     made: dict[str, Metric] = {
         "loss": _loss,
         "perplexity": lambda sums: np.exp(_loss(sums)),

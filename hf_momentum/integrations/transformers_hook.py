@@ -166,15 +166,18 @@ def keyword_arguments(spec: OptimizerSpec, args: Any) -> dict[str, Any]:
     return kwargs
 
 
-def require_supported_backend() -> None:
+def require_supported_backend(backend: Any = None) -> None:
     """Refuse the distributed backends that no optimizer here was run on.
+
+    Args:
+        backend: Accelerate's DistributedType; that of this process unless given.
 
     Raises:
         InputError: Accelerate runs Megatron-LM or XLA.
     """
     from accelerate import DistributedType, PartialState
 
-    backend = PartialState().distributed_type
+    backend = PartialState().distributed_type if backend is None else backend
     if backend in {DistributedType.MEGATRON_LM, DistributedType.XLA}:
         raise InputError(
             f"distributed backend {backend.value}: not tested with optimizers that sum over whole tensors, so refused. "

@@ -198,7 +198,8 @@ def _sharded_over(param: DTensor) -> tuple[str, dist.ProcessGroup | None]:
     mesh, names = param.device_mesh, param.device_mesh.mesh_dim_names or ()
     sharded = [dim for dim, placement in enumerate(param.placements) if type(placement) is Shard]
     plain = all(type(placement) in (Shard, Replicate) for placement in param.placements)
-    if not plain or len(sharded) > 1 or _NOT_DATA_PARALLEL & set(names):
+    require_data_parallel(names)
+    if not plain or len(sharded) > 1:
         raise UnsupportedLayoutError(
             f"a tensor of shape {tuple(param.shape)} is placed as {param.placements} on a mesh with the dimensions "
             f"{names or mesh.shape} (tensor, expert or pipeline parallelism)",
@@ -206,6 +207,27 @@ def _sharded_over(param: DTensor) -> tuple[str, dist.ProcessGroup | None]:
         )
     kind = "HSDP" if mesh.ndim > 1 else "FSDP2"
     return kind, mesh.get_group(sharded[0]) if sharded else None
+
+
+def require_data_parallel(names: Sequence[str]) -> None:
+    """Raise unless a mesh cuts tensors for data parallelism alone.
+
+    Raises:
+        UnsupportedLayoutError: a dimension of the mesh has the name of another parallelism.
+
+    Example:
+        >>> require_data_parallel(["dp_shard"])
+        >>> require_data_parallel(["tp"])
+        Traceback (most recent call last):
+        ...
+        hf_momentum.sharding.layout.UnsupportedLayoutError: tensors are cut along the mesh dimension tp (tensor, ...
+    """
+    others = sorted(_NOT_DATA_PARALLEL & set(names))
+    if others:
+        raise UnsupportedLayoutError(
+            f"tensors are cut along the mesh dimension {', '.join(others)} (tensor, expert or pipeline parallelism)",
+            "Use fully_shard over one mesh dimension, or two for HSDP",
+        )
 
 
 def require_like(param: Tensor, grad: Tensor) -> None:

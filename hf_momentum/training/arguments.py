@@ -11,6 +11,11 @@ from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.training.callbacks import parse_schedule
 from hf_momentum.training.processes import launched_for, launched_processes
 
+Task = Literal["causal_lm", "chat", "preference", "sequence_classification", "image_classification"]
+
+# The tasks that TRL's trainers train, tokenizing by themselves.
+TRL_TASKS = ("chat", "preference")
+
 
 @dataclass
 class ModelArguments:
@@ -21,8 +26,12 @@ class ModelArguments:
         'scratch'
     """
 
-    task: Literal["causal_lm", "sequence_classification"] = field(
-        default="causal_lm", metadata={"help": "What the model is trained to do."}
+    task: Task = field(
+        default="causal_lm",
+        metadata={
+            "help": "What the model is trained to do. chat and preference run TRL's SFTTrainer and DPOTrainer (extra "
+            "trl), whose arguments are then fields, too."
+        },
     )
     model_name_or_path: str = field(
         default="scratch",
@@ -34,6 +43,17 @@ class ModelArguments:
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
     model_dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
         default="float32", metadata={"help": "Dtype of the weights; mixed precision is bf16/fp16 of the trainer."}
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "sdpa, eager, flash_attention_2 or what else transformers takes; its own choice if empty."},
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "QLoRA: hold the base model in 4 bits (NF4 with double quantisation, computing in bfloat16). Needs "
+            "lora and the package bitsandbytes."
+        },
     )
     scratch_dataset: str = field(default="stdlib:prose@train", metadata={"help": "Text that 'scratch' is trained on."})
     scratch_hidden_size: int = field(default=192, metadata={"help": "Width of 'scratch'; heads are 32 wide."})
@@ -85,9 +105,19 @@ class DataArguments:
     evaluation_sources: list[str] = field(
         default_factory=list, metadata={"help": "Sources in place of the suite's: NAME=SOURCE@SPLIT."}
     )
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    text_column: str = field(
+        default="text",
+        metadata={
+            "help": "Column that holds the text. Chat and preference data have TRL's columns: messages, or prompt and "
+            "completion; chosen and rejected."
+        },
+    )
+    image_column: str = field(default="image", metadata={"help": "Column that holds the picture."})
     label_column: str = field(default="label", metadata={"help": "Column that holds the class."})
-    block_size: int = field(default=256, metadata={"help": "Tokens per example; longer texts are cut or wrapped."})
+    block_size: int = field(
+        default=256,
+        metadata={"help": "Tokens per example; longer texts are cut or wrapped. TRL's trainers take max_length."},
+    )
     max_train_examples: int | None = field(default=None, metadata={"help": "Use only so many, drawn by data_seed."})
     max_eval_examples: int | None = field(default=None, metadata={"help": "Use only so many of each split."})
 
@@ -109,7 +139,8 @@ class PeftArguments:
         default_factory=lambda: ["all-linear"], metadata={"help": "Modules to adapt, by name, or all-linear."}
     )
     lora_modules_to_save: list[str] = field(
-        default_factory=list, metadata={"help": "Modules to train in full and save beside the adapters."}
+        default_factory=list,
+        metadata={"help": "Modules to train in full and save beside the adapters; a classifier's new head always is."},
     )
 
 

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from trl import DPOTrainer, SFTTrainer
-
 from hf_momentum.training.bloop import BloopMixin
+from hf_momentum.training.trl_trainers import MomentumDPOTrainer, MomentumSFTTrainer
 
 
-class BloopSFTTrainer(BloopMixin, SFTTrainer):
+class BloopSFTTrainer(BloopMixin, MomentumSFTTrainer):
     """Supervised fine-tuning with an auxiliary objective; arguments of `trl.SFTTrainer` and `BloopMixin`.
 
     Auxiliary datasets may have every format that `SFTTrainer` takes: text, prompt and completion, or messages.
@@ -25,16 +24,14 @@ class BloopSFTTrainer(BloopMixin, SFTTrainer):
 
     def prepare_auxiliary(self, dataset: Any, name: str) -> Any:
         """Tokenize, and pack if the main data is packed."""
-        args = self.args
-        rows = self._prepare_dataset(dataset, self.processing_class, args, args.packing, self._formatting_func, name)
-        return self._remove_unused_columns(rows, description=f"auxiliary ({name})")
+        return self.prepare_split(dataset, name, packed=self.args.packing)
 
     def auxiliary_context(self) -> AbstractContextManager[None]:
         """TRL's logged accuracies stay those of the main data."""
         return _metrics_aside(self)
 
 
-class BloopDPOTrainer(BloopMixin, DPOTrainer):
+class BloopDPOTrainer(BloopMixin, MomentumDPOTrainer):
     """Preference optimization with an auxiliary objective; arguments of `trl.DPOTrainer` and `BloopMixin`.
 
     An auxiliary dataset holds preferences, too; for another kind of loss give `aux_loss_func`, with a collator for it.
@@ -48,8 +45,7 @@ class BloopDPOTrainer(BloopMixin, DPOTrainer):
         """Tokenize prompt, chosen and rejected answers; data with a loss of its own is left as it is."""
         if self._aux_loss_func is not None:
             return dataset
-        rows = self._prepare_dataset(dataset, self.processing_class, self.args, name)
-        return self._remove_unused_columns(rows, description=f"auxiliary ({name})")
+        return self.prepare_split(dataset, name)
 
     def auxiliary_context(self) -> AbstractContextManager[None]:
         """TRL's logged rewards stay those of the main data."""

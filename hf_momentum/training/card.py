@@ -16,6 +16,8 @@ from hf_momentum.evaluation.hub import eval_results
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.integrations.papers import BETA_SCHEDULING, BLOOP, Paper, paper_of
 
+# As the Hub calls them; all others generate text.
+_TASKS = {"sequence_classification": "text-classification", "image_classification": "image-classification"}
 _LIMITS = "One run with one seed; the intervals are over evaluation examples only. Not evaluated for any use."
 _NO_FIGURES = "A checkpoint from the midst of a run, or a model without a report: not evaluated for any use."
 
@@ -38,7 +40,7 @@ def model_card(report: Report, base_model: str | None, lora: bool, optimizer: st
     recipe = yaml.safe_load(report.recipe) or {}
     metadata = _metadata(recipe, base_model, lora, optimizer)
     if report.splits:
-        metadata |= {"model_name": report.title, "eval_results": _results(report)}
+        metadata |= {"model_name": report.title, "eval_results": _results(report, str(recipe.get("task", "causal_lm")))}
     parts = [*_head(metadata, report.title), *_method(optimizer, recipe)]
     parts += ["## Results", "", *report.table(), ""]
     parts += [f"![]({picture})\n" for picture in pictures]
@@ -77,7 +79,7 @@ def papers(optimizer: str | None, recipe: Mapping[str, Any]) -> list[Paper]:
         >>> [paper.arxiv for paper in papers("tam", {"aux_dataset": "a=b", "surgery": "bloop"})]
         ['2412.18790', '2402.02998']
     """
-    found = [paper_of(OPTIMIZERS[optimizer].source)] if optimizer in OPTIMIZERS else []
+    found = [paper_of(OPTIMIZERS[optimizer].source)] if optimizer is not None and optimizer in OPTIMIZERS else []
     auxiliary = recipe.get("aux_dataset") or recipe.get("aux_loss")
     if auxiliary and recipe.get("surgery", "bloop") == "bloop":
         found.append(BLOOP)
@@ -160,8 +162,10 @@ def _head(metadata: Mapping[str, Any], title: str) -> list[str]:
 
 
 def _method(optimizer: str | None, recipe: Mapping[str, Any]) -> list[str]:
+    if optimizer is None:
+        return []
     if optimizer not in OPTIMIZERS:
-        return [] if optimizer is None else [f"Trained with `{optimizer}` by hf-momentum.", ""]
+        return [f"Trained with `{optimizer}` by hf-momentum.", ""]
     spec, lines = OPTIMIZERS[optimizer], []
     paper, *others = papers(optimizer, recipe)
     lines.append(f"Trained with **{spec.cls.__name__}** ({spec.source}) by hf-momentum. {spec.summary}")
@@ -175,14 +179,13 @@ def _citation(optimizer: str | None, recipe: Mapping[str, Any]) -> Sequence[str]
     return ["## Citation", "", "```bibtex", *(paper.bibtex() for paper in found), "```", ""] if found else []
 
 
-def _results(report: Report) -> list[EvalResult]:
+def _results(report: Report, task: str) -> list[EvalResult]:
     """What the Hub shows as evaluation results: each metric of each split after training."""
-    task = "text-classification" if report.unit == "example" else "text-generation"
     return [
         result
         for split in report.splits
         for result in eval_results(
-            task,
+            _TASKS.get(task, "text-generation"),
             split.name,
             split.role,
             split.source,

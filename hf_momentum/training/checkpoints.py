@@ -4,6 +4,7 @@ A process can die while a checkpoint is being written. `complete.json`, written 
 file with its size; a checkpoint is complete when the folder holds all that its manifest names.
 """
 
+import importlib
 import json
 import os
 import re
@@ -25,6 +26,13 @@ PLAIN, FSDP_FULL, FSDP_SHARDED, DEEPSPEED, WEIGHTS = "plain", "fsdp-full", "fsdp
 
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 _ZIPPED = {".pt", ".pth", ".bin"}  # what torch.save writes is a zip archive, whose directory stands at its end
+# What DeepSpeed 0.19 pickles beside tensors and plain containers.
+_PICKLED_BY_DEEPSPEED = (
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
 _LAUNCHERS = {PLAIN: "one process or DDP", FSDP_FULL: "FSDP2", FSDP_SHARDED: "FSDP2", DEEPSPEED: "DeepSpeed"}
 
 
@@ -375,6 +383,8 @@ def check_checkpoint(
             f"a checkpoint that any number can continue with `hf-momentum export {checkpoint} OUT --resumable` and "
             "resume from OUT"
         )
+    if kind == DEEPSPEED:
+        vet_deepspeed(deepspeed_files(checkpoint))
     saved = saved_algorithms(checkpoint, kind)
     wanted = {OPTIMIZERS[optimizer].cls.__name__ if optimizer in OPTIMIZERS else None}
     if saved != wanted:
@@ -406,20 +416,57 @@ def _groups(folder: Path, kind: str) -> list[dict[str, Any]]:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)["param_groups"]
     ranks = optimizer_files(folder)
     if ranks:
-        return base_state(load_trusted(ranks[0][1]))["param_groups"]
+        return base_state(load_deepspeed(ranks[0][1]))["param_groups"]
     tag = (folder / "latest").read_text(encoding="utf-8").strip()  # ZeRO stage 0: whole tensors, in the model's file
     files = sorted((folder / tag).glob("mp_rank_*_model_states.pt"))
     if not files:
         raise InputError(f"{folder} holds no optimizer states of DeepSpeed, so training cannot continue from it")
-    content = load_trusted(files[0])["optimizer"]
+    content = load_deepspeed(files[0])["optimizer"]
     return content.get("optimizer_state_dict", content)["param_groups"]
 
 
-def load_trusted(path: Path) -> dict[str, Any]:
-    """A file of DeepSpeed, mapped from disk. It pickles classes of its own, so the checkpoint has to be trusted."""
+def load_deepspeed(path: Path) -> dict[str, Any]:
+    """A file of DeepSpeed, mapped from disk, without running code: of its own classes a few known ones are let in.
+
+    Raises:
+        InputError: the file names another function or class, so that reading it might run code.
+    """
     import torch
 
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    vet_deepspeed([path])
+    known = [_found(name) for name in _PICKLED_BY_DEEPSPEED]
+    with torch.serialization.safe_globals(known):
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
+def deepspeed_files(checkpoint: str | os.PathLike[str]) -> list[Path]:
+    """All files that DeepSpeed would unpickle."""
+    folder = Path(checkpoint)
+    return sorted((folder / (folder / "latest").read_text(encoding="utf-8").strip()).glob("*.pt"))
+
+
+def vet_deepspeed(files: Iterable[Path]) -> None:
+    """Refuse files that name a function or class beside tensors and what DeepSpeed itself pickles.
+
+    DeepSpeed reads its checkpoints by unpickling whatever is in them, so they are looked at before it does.
+
+    Raises:
+        InputError: one of them does.
+    """
+    from torch.serialization import get_unsafe_globals_in_checkpoint
+
+    for path in files:
+        foreign = sorted(set(get_unsafe_globals_in_checkpoint(path)) - set(_PICKLED_BY_DEEPSPEED))
+        if foreign:
+            raise InputError(
+                f"{path} names {foreign[0]}, which is no part of a checkpoint: reading the file might run code. If you "
+                "trust where it comes from, convert it with DeepSpeed's own zero_to_fp32.py"
+            )
+
+
+def _found(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def base_state(content: dict[str, Any]) -> dict[str, Any]:

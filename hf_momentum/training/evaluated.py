@@ -196,10 +196,13 @@ def _load(place: str, folder: str, task: str, device: torch.device, dtype: str, 
         adapter = _adapter(folder, revision)
         source = folder if adapter is None else str(adapter.base_model_name_or_path)
         options: dict[str, Any] = {"dtype": dtype, "revision": revision if adapter is None else adapter.revision}
-        if adapter is not None and task == "sequence_classification":
+        classifies = task.endswith("classification")
+        if adapter is not None and classifies:
             options |= _classes_of_adapter(place, folder)
+        if "num_labels" in options:
+            options["ignore_mismatched_sizes"] = True  # the adapters bring the head
         model, loaded = _CLASSES[task].from_pretrained(source, output_loading_info=True, **options)
-        if adapter is None or (task == "sequence_classification" and "num_labels" not in options):
+        if adapter is None or (classifies and "num_labels" not in options):
             _check_head(place, task, loaded)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, folder, revision=revision)

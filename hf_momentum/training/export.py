@@ -23,11 +23,13 @@ from hf_momentum.training.checkpoints import (
     FSDP_SHARDED,
     WEIGHTS,
     base_state,
+    deepspeed_files,
     faults,
     kind_of,
+    load_deepspeed,
     load_distributed,
-    load_trusted,
     optimizer_files,
+    vet_deepspeed,
     write_manifest,
 )
 
@@ -184,7 +186,8 @@ def _of_zero(folder: Path, adapter: bool) -> dict[str, torch.Tensor]:
         raise InputError(
             f"{folder} is a checkpoint of DeepSpeed, which is not installed here: pip install 'hf-momentum[deepspeed]'"
         ) from error
-    zero = load_trusted(optimizer_files(folder)[0][1])["ds_config"].get("zero_optimization", {})
+    vet_deepspeed(deepspeed_files(folder))
+    zero = load_deepspeed(optimizer_files(folder)[0][1])["ds_config"].get("zero_optimization", {})
     if zero.get("round_robin_gradients"):
         raise InputError(
             f"{folder} was saved with round_robin_gradients: true, whose order of parameters DeepSpeed does not "
@@ -392,7 +395,7 @@ def _from_pieces(folder: Path) -> dict[str, Any]:
     files = dict(optimizer_files(folder))
     if not files:  # ZeRO-0 saves whole tensors, in the model's file
         tag = (folder / "latest").read_text(encoding="utf-8").strip()
-        content = load_trusted(sorted((folder / tag).glob("mp_rank_*_model_states.pt"))[0])["optimizer"]
+        content = load_deepspeed(sorted((folder / tag).glob("mp_rank_*_model_states.pt"))[0])["optimizer"]
         whole_state: dict[str, Any] = content.get("optimizer_state_dict", content)
         return whole_state
     tables = read_pieces(folder)
@@ -403,7 +406,7 @@ def _from_pieces(folder: Path) -> dict[str, Any]:
     filled: list[dict[str, int]] = [{} for _ in tensors]
     groups: list[dict[str, Any]] = []
     for table in tables:
-        saved = base_state(load_trusted(files[table["process"]]))
+        saved = base_state(load_deepspeed(files[table["process"]]))
         groups = groups or saved["param_groups"]
         for holder in table["holders"]:
             _cut(saved["state"].get(holder["state_index"], {}), holder["pieces"], tensors, whole, filled)

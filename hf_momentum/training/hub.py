@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
@@ -113,7 +113,7 @@ def ready(repo_id: str, private: bool = False, exists: bool = False) -> tuple[st
     """
     require_token()
     validate_repo_id(repo_id)
-    api = HfApi()
+    api = HfApi(token=get_token())
     if "/" not in repo_id:
         repo_id = f"{patiently(api.whoami)['name']}/{repo_id}"
     found = _visibility(api, repo_id)
@@ -147,7 +147,7 @@ def before_training(training: TrainingArguments) -> Wishes | None:
         return None
     wishes = Wishes(
         folder=str(training.output_dir),
-        repo_id=training.hub_model_id or Path(training.output_dir).absolute().name,
+        repo_id=training.hub_model_id or Path(str(training.output_dir)).absolute().name,
         private=bool(training.hub_private_repo),
         revision=training.hub_revision,
     )
@@ -168,7 +168,7 @@ def _visibility(api: HfApi, repo_id: str) -> bool | None:
 
 
 def _commit(wishes: Wishes, repo_id: str, contents: Contents, say: Callable[[str], None]) -> str:
-    api = HfApi()
+    api = HfApi(token=get_token())
     revision = None if wishes.create_pr else wishes.revision
     if revision is not None and not revision.startswith("refs/"):
         patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
@@ -203,7 +203,8 @@ def _stale(there: Iterable[str], items: Sequence[Item]) -> list[str]:
     pushed = {item.path for item in items}
     old = [path for path in there if "/" not in path and path not in pushed]
     weights = [path for path in old if kind_of_file(path) == MODEL or path.startswith("pytorch_model")]
-    return sorted([*weights, *(path for path in old if path == "training_args.bin")])
+    pickled = [path for path in there if Path(path).name == "training_args.bin"]
+    return sorted({*weights, *pickled})
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from huggingface_hub import constants, get_token
+
+# HTTPError is that of httpx under huggingface_hub 1 and of httpx2 under 2: of an answer, or of none.
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 
@@ -100,18 +102,22 @@ def reason(error: BaseException) -> str:
     """
     # An upload in a thread wraps what happened to it.
     inner = error.__cause__ if type(error) is RuntimeError and error.__cause__ is not None else error
-    if isinstance(inner, HFValidationError):
-        return f"that is no name of a repository; write OWNER/NAME ({_short(inner)})"
-    if isinstance(inner, OfflineModeIsEnabled):
+    hint = " (a Hub without Xet storage needs HF_HUB_DISABLE_XET=1)" if "xet-" in str(inner) else ""
+    return f"{_said(inner)}{hint}"
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, HFValidationError):
+        return f"that is no name of a repository; write OWNER/NAME ({_short(error)})"
+    if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
-    if isinstance(inner, HfHubHTTPError):
-        return _answered(inner)
-    if disk_is_full(inner):
-        return f"no space is left on the disk ({_short(inner)})"
-    if isinstance(inner, HTTPError | ConnectionError):
-        return f"the Hub cannot be reached ({_short(inner)})"
-    xet = " (a Hub without Xet storage needs HF_HUB_DISABLE_XET=1)" if "xet" in str(inner).lower() else ""
-    return f"{_short(inner)}{xet}"
+    if isinstance(error, HfHubHTTPError):
+        return _answered(error)
+    if disk_is_full(error):
+        return f"no space is left on the disk ({_short(error)})"
+    if isinstance(error, HTTPError | ConnectionError):
+        return f"the Hub cannot be reached ({_short(error)})"
+    return _short(error)
 
 
 def _answered(error: HfHubHTTPError) -> str:

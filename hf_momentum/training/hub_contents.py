@@ -42,10 +42,10 @@ _KINDS = {
 _TEXTS = {".json", ".yaml", ".md", ".html"}
 _NOT_READ = {"tokenizer.json", "vocab.json", "added_tokens.json", "model.safetensors.index.json"}
 _WHY = {
-    "training_args.bin": "a pickle; training_args.json says the same",
+    "training_args.bin": "a pickle",
     MANIFEST: "written anew for what is pushed",
     "*.bin": "pickled weights",
-    "checkpoint-*": "push it by its own name, or with --push_optimizer the last one",
+    "checkpoint-*": "push one by its own name; --push_optimizer takes the last along",
 }
 LAST = "last-checkpoint"
 
@@ -270,7 +270,7 @@ def _with_base(items: list[Item], base: str | None) -> tuple[list[Item], list[st
                 )
         elif item.kind == CARD and base is not None:
             card = ModelCard(_text(item.content))
-            card.data.base_model = base
+            card.data["base_model"] = base
             content = str(card).encode()
         changed.append(Item(item.kind, item.path, content))
     return changed, notes
@@ -307,14 +307,14 @@ def _missing(items: Sequence[Item], folder: Path, checkpoint: bool, push_optimiz
 
 def _left_out(folder: Path, held: set[str]) -> list[str]:
     """Names of what lies in the folder and is not pushed."""
-    made = []
+    by_reason: dict[str, list[str]] = {}
     for path in sorted(folder.iterdir()):
         whole = path.is_dir() and path.name in ("plots", "additional_chat_templates")
         if path.name in held or whole or kind_of_file(path.name) is not None:
             continue
-        reason = next((why for pattern, why in _WHY.items() if fnmatch(path.name, pattern)), None)
-        made.append(f"{path.name}{'/' if path.is_dir() else ''}{f' ({reason})' if reason else ''}")
-    return made
+        reason = next((why for pattern, why in _WHY.items() if fnmatch(path.name, pattern)), "")
+        by_reason.setdefault(reason, []).append(f"{path.name}{'/' if path.is_dir() else ''}")
+    return [f"{', '.join(names)}{f' ({reason})' if reason else ''}" for reason, names in by_reason.items()]
 
 
 def _amount(size: int) -> str:

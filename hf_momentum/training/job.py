@@ -4,14 +4,14 @@ import importlib.metadata
 import platform
 import resource
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator, set_seed
+from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator, set_seed
 from transformers.trainer_pt_utils import get_model_param_count
 
 from hf_momentum.errors import InputError
@@ -28,12 +28,12 @@ from hf_momentum.evaluation.suite import Suite
 from hf_momentum.evaluation.writing import write_whole
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.training import corpus, hub
-from hf_momentum.training.arguments import MomentumTrainingArguments
+from hf_momentum.training.arguments import TRL_TASKS, MomentumTrainingArguments
 from hf_momentum.training.bloop import BloopTrainer
 from hf_momentum.training.card import model_card, provenance
 from hf_momentum.training.checkpoints import check_checkpoint, find_checkpoint
 from hf_momentum.training.disk import full_disk_stops
-from hf_momentum.training.models import load_base, load_model
+from hf_momentum.training.models import load_base, load_model, lora_config, with_adapters
 from hf_momentum.training.processes import check_launch, layout
 from hf_momentum.training.recipe import Recipe
 from hf_momentum.training.replay import ReplayMixture
@@ -43,7 +43,11 @@ from hf_momentum.training.suite_rows import load_suite
 from hf_momentum.training.suite_trainer import suite_datasets, suite_metrics
 from hf_momentum.training.trainer import MomentumTrainer
 
-_STATISTICS = {"causal_lm": causal_lm_statistics, "sequence_classification": classification_rows}
+_STATISTICS = {
+    "causal_lm": causal_lm_statistics,
+    "sequence_classification": classification_rows,
+    "image_classification": classification_rows,
+}
 
 # Keys of a parameter group that a report leaves out: bookkeeping, or listed on their own.
 _NOT_SHOWN = {"params", "param_names", "initial_lr", "weight_decay", "algorithm", "maximize", "index", "observed"}
@@ -70,14 +74,14 @@ class Prepared:
     """All that a run needs, loaded and ready to train.
 
     Attributes:
-        trainer: with model and data.
+        trainer: `MomentumTrainer` or another with `MomentumMixin`, with model and data.
         train_split: the main training data.
         splits: what it is measured on.
         from_scratch: whether the base model was trained here, on bytes.
         checkpoint: the folder that it continues from, if any.
     """
 
-    trainer: MomentumTrainer
+    trainer: Any
     train_split: Split
     splits: list[Split]
     from_scratch: bool
@@ -114,25 +118,80 @@ def prepare(recipe: Recipe) -> Prepared:
     check_launch(state)
     _check_saving(training)
     training.label_names = ["labels"]
+    if recipe.model.task == "image_classification":
+        training.remove_unused_columns = False  # a picture becomes pixels only when it is read
     set_seed(training.seed)
 
     base = load_base(recipe.model, data, training)
     seed = training.data_seed or training.seed
-    loader = Loader(recipe.model.task, data, base.tokenizer, seed=seed)
+    loader = Loader(recipe.model.task, data, base.processor, seed, base.picture_mode)
     train_split, validation, splits = loader.training(), loader.validation(), loader.evaluation()
     auxiliaries = loader.auxiliaries(recipe.bloop.aux_dataset, recipe.bloop.max_aux_examples)
     if validation is None and suite is None and training.eval_strategy != "no":
         raise InputError("eval_strategy needs a validation_dataset or an evaluation_suite")
     set_seed(training.seed)
-    model = load_model(base, recipe.model, recipe.peft, loader.classes)
-
-    statistics = _STATISTICS[recipe.model.task]
-    language = recipe.model.task == "causal_lm"
+    model = load_model(base, recipe.model, loader.class_names)
     fields: dict[str, Any] = {
         "train_dataset": train_split.examples,
         "eval_dataset": validation.examples if validation else None,
-        "data_collator": default_data_collator if language else DataCollatorWithPadding(base.tokenizer),
-        "processing_class": base.tokenizer,
+        "processing_class": base.processor,
+    }
+    if recipe.model.task in TRL_TASKS:
+        trainer = _trl_trainer(recipe, model, auxiliaries, fields)
+        splits = [replace(split, examples=trainer.prepare_split(split.examples, split.name)) for split in splits]
+        return Prepared(trainer, train_split, splits, base.from_scratch, checkpoint)
+    model = with_adapters(model, recipe.model, recipe.peft, checkpointing=_checkpointing(training))
+    fields |= _measuring(recipe, base.processor)
+    if suite is not None:
+        fields |= _evaluated(suite, recipe, base.processor, loader.class_names, validation)
+    if recipe.bloop.surgery == "replay" and auxiliaries:
+        # Mixed as the weighted sum of losses would be, in expectation and up to its scale.
+        share = recipe.bloop.lam[0] / (1 + recipe.bloop.lam[0])
+        fields["train_dataset"] = ReplayMixture(train_split.examples, auxiliaries[0].examples, share, seed)
+        trainer = MomentumTrainer(model, training, **fields)
+    elif auxiliaries or recipe.bloop.aux_loss is not None:
+        trainer = BloopTrainer(model, training, **_two_objectives(recipe, auxiliaries), **fields)
+    else:
+        trainer = MomentumTrainer(model, training, **fields)
+    return Prepared(trainer, train_split, splits, base.from_scratch, checkpoint)
+
+
+def _checkpointing(training: MomentumTrainingArguments) -> bool:
+    # transformers 5.23 has a new name for it, and moves the value there.
+    return bool(vars(training).get("activation_checkpointing") or training.gradient_checkpointing)
+
+
+def _trl_trainer(
+    recipe: Recipe, model: PreTrainedModel, auxiliaries: Sequence[Split], fields: Mapping[str, Any]
+) -> Any:
+    """TRL's trainer for a chat or for preferences; it tokenizes, and adds the adapters by itself."""
+    from hf_momentum.training import bloop_trl, trl_trainers
+
+    chat, adapters = recipe.model.task == "chat", lora_config(recipe.model, recipe.peft) if recipe.peft.lora else None
+    given = {**fields, "args": recipe.training, "peft_config": adapters}
+    cls: Any = trl_trainers.MomentumSFTTrainer if chat else trl_trainers.MomentumDPOTrainer
+    if auxiliaries or recipe.bloop.aux_loss is not None:
+        cls = bloop_trl.BloopSFTTrainer if chat else bloop_trl.BloopDPOTrainer
+        given |= _two_objectives(recipe, auxiliaries)
+    try:
+        return cls(model, **given)
+    except InputError:
+        raise
+    except ValueError as error:  # how TRL refuses
+        raise InputError(f"task {recipe.model.task}: {' '.join(str(error).split())}") from error
+
+
+def _two_objectives(recipe: Recipe, auxiliaries: Sequence[Split]) -> dict[str, Any]:
+    datasets = {split.name: split.examples for split in auxiliaries}
+    return {"bloop": recipe.bloop, "aux_train_dataset": datasets or None}
+
+
+def _measuring(recipe: Recipe, processor: Any) -> dict[str, Any]:
+    """What a Trainer is given to make batches of a task, and to measure one row of sums for each example."""
+    statistics = _STATISTICS[recipe.model.task]
+    padded = recipe.model.task == "sequence_classification"
+    return {
+        "data_collator": DataCollatorWithPadding(processor) if padded else default_data_collator,
         "compute_metrics": lambda output: {
             name: float(metric(output.predictions.astype(np.float64).sum(0)))
             for name, metric in metrics_of(recipe.model.task, 1.0).items()
@@ -142,20 +201,6 @@ def prepare(recipe: Recipe) -> Prepared:
             logits[0] if isinstance(logits, tuple) else logits, labels
         ),
     }
-    if suite is not None:
-        fields |= _evaluated(suite, recipe, base.tokenizer, loader.classes, validation)
-    trainer: MomentumTrainer
-    if recipe.bloop.surgery == "replay" and auxiliaries:
-        # Mixed as the weighted sum of losses would be, in expectation and up to its scale.
-        share = recipe.bloop.lam[0] / (1 + recipe.bloop.lam[0])
-        fields["train_dataset"] = ReplayMixture(train_split.examples, auxiliaries[0].examples, share, seed)
-        trainer = MomentumTrainer(model, training, **fields)
-    elif auxiliaries or recipe.bloop.aux_loss is not None:
-        datasets = {split.name: split.examples for split in auxiliaries}
-        trainer = BloopTrainer(model, training, bloop=recipe.bloop, aux_train_dataset=datasets or None, **fields)
-    else:
-        trainer = MomentumTrainer(model, training, **fields)
-    return Prepared(trainer, train_split, splits, base.from_scratch, checkpoint)
 
 
 def train(recipe: Recipe) -> Outcome:
@@ -189,10 +234,10 @@ def train(recipe: Recipe) -> Outcome:
     after = [measure(trainer, split, "after") for split in splits]
     seconds = time.perf_counter() - started
 
-    training.push_to_hub = False  # else transformers pushes here, before there is a report
+    trainer.args.push_to_hub = False  # else transformers pushes here, before there is a report
     with full_disk_stops(folder):
         trainer.save_model()
-    training.push_to_hub = pushes is not None
+    trainer.args.push_to_hub = pushes is not None
     results = [_result(recipe, *each) for each in zip(splits, before, after, strict=True)]
     base_model = None if prepared.from_scratch else recipe.model.model_name_or_path
     facts = _facts(recipe, trainer, prepared.train_split, seconds)
@@ -208,7 +253,7 @@ def train(recipe: Recipe) -> Outcome:
     if trainer.is_world_process_zero():
         with full_disk_stops(folder):
             write_whole(folder / "recipe.yaml", recipe.to_yaml())
-            write_whole(folder / "training_args.json", arguments_json(training))
+            write_whole(folder / "training_args.json", arguments_json(trainer.args))
             report.write(folder)
             pictures = [str(path.relative_to(folder)) for path in sorted((folder / "plots").glob("*.png"))]
             trainer.card = model_card(report, base_model, recipe.peft.lora, _optimizer(recipe), pictures)
@@ -219,10 +264,9 @@ def train(recipe: Recipe) -> Outcome:
 
 
 def _evaluated(
-    suite: Suite, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, classes: Sequence[Any], validation: Split | None
+    suite: Suite, recipe: Recipe, tokenizer: Any, outputs: Sequence[str], validation: Split | None
 ) -> dict[str, Any]:
     """What the trainer is given to evaluate a suite's splits, beside the validation data if there are any."""
-    outputs = [str(name) for name in classes]
     splits = suite_datasets(suite, tokenizer, outputs, recipe.data.block_size)
     if suite.splits[0].task != recipe.model.task:
         raise InputError(
@@ -249,9 +293,9 @@ def _check_saving(training: MomentumTrainingArguments) -> None:
         )
 
 
-def measure(trainer: MomentumTrainer, split: Split, when: str) -> np.ndarray:
+def measure(trainer: Any, split: Split, when: str) -> np.ndarray:
     """[examples, columns] statistics of the task, gathered over all processes, in the order of the examples."""
-    output = trainer.predict(split.examples, metric_key_prefix=f"{when}_{split.name}")  # type: ignore[arg-type]
+    output = trainer.predict(split.examples, metric_key_prefix=f"{when}_{split.name}")
     return np.asarray(output.predictions, dtype=np.float64)
 
 
@@ -291,7 +335,7 @@ def _command(recipe: Recipe) -> str:
     return f"hf-momentum train --config {recipe.training.output_dir}/recipe.yaml"
 
 
-def _facts(recipe: Recipe, trainer: MomentumTrainer, train_split: Split, seconds: float) -> dict[str, Any]:
+def _facts(recipe: Recipe, trainer: Any, train_split: Split, seconds: float) -> dict[str, Any]:
     args, model = recipe.training, trainer.model
     trained, total = get_model_param_count(model, trainable_only=True), get_model_param_count(model)
     group = {

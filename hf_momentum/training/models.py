@@ -1,15 +1,21 @@
-"""The model and tokenizer of a recipe: from the Hub, from a folder, or trained from scratch."""
+"""The model of a recipe, and its tokenizer or image processor: from the Hub, from a folder, or trained from scratch."""
 
+import importlib.util
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from hf_momentum.errors import InputError
@@ -18,18 +24,34 @@ from hf_momentum.training.recipe import OFFLINE_RECIPE
 from hf_momentum.training.scratch import scratch_model
 from hf_momentum.training.sources import NETWORK_ERRORS
 
+_CLASSES: Mapping[str, Any] = {
+    "causal_lm": AutoModelForCausalLM,
+    "chat": AutoModelForCausalLM,
+    "preference": AutoModelForCausalLM,
+    "sequence_classification": AutoModelForSequenceClassification,
+    "image_classification": AutoModelForImageClassification,
+}
+
 
 @dataclass(frozen=True)
 class Base:
-    """A tokenizer, and where its model is to be loaded from."""
+    """A tokenizer or image processor, and where its model is to be loaded from.
+
+    Attributes:
+        path: for `from_pretrained`.
+        processor: the tokenizer; for pictures the image processor.
+        from_scratch: whether the model was trained here.
+        picture_mode: what pictures are converted to: "RGB", or "L" for a model with one channel.
+    """
 
     path: str
-    tokenizer: PreTrainedTokenizerBase
+    processor: Any
     from_scratch: bool
+    picture_mode: str = "RGB"
 
 
 def load_base(model: ModelArguments, data: DataArguments, training: MomentumTrainingArguments) -> Base:
-    """The base model's tokenizer and place; 'scratch' is trained here at its first use.
+    """The base model's place, and its tokenizer or image processor; 'scratch' is trained here at its first use.
 
     Raises:
         InputError: the model is neither a folder nor reachable on the Hub.
@@ -41,45 +63,94 @@ def load_base(model: ModelArguments, data: DataArguments, training: MomentumTrai
             )
         path = scratch_model(model, data, training)
         return Base(str(path), AutoTokenizer.from_pretrained(path), from_scratch=True)
+    if model.task == "image_classification":
+        processor = _reaching(model, AutoImageProcessor.from_pretrained, revision=model.model_revision)
+        config = _reaching(model, AutoConfig.from_pretrained, revision=model.model_revision)
+        mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
+        return Base(model.model_name_or_path, processor, from_scratch=False, picture_mode=mode)
     tokenizer = _reaching(model, AutoTokenizer.from_pretrained, revision=model.model_revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Base(model.model_name_or_path, tokenizer, from_scratch=False)
 
 
-def load_model(
-    base: Base, model: ModelArguments, peft: PeftArguments, classes: list[Any]
-) -> PreTrainedModel | PeftModel:
-    """The model to train, with adapters if the recipe asks for them.
+def load_model(base: Base, model: ModelArguments, classes: Sequence[str]) -> PreTrainedModel:
+    """The model to train, as it was saved, without adapters.
+
+    Args:
+        base: where it is.
+        model: which class of model, and how it is held.
+        classes: what a classifier's outputs are called, in their order.
 
     Raises:
-        InputError: the model cannot be loaded, or an adapter's target does not exist.
+        InputError: the model cannot be loaded.
     """
     options: dict[str, Any] = {"dtype": model.model_dtype}
-    loader: Any = AutoModelForCausalLM
-    if model.task == "sequence_classification":
-        loader = AutoModelForSequenceClassification
-        names = {index: str(label) for index, label in enumerate(classes)}
+    if model.task.endswith("classification"):
+        names = dict(enumerate(classes))
         options |= {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+    if model.task == "image_classification":
+        options["ignore_mismatched_sizes"] = True  # a head for the thousand classes of ImageNet makes way for ours
     if not base.from_scratch:
         options["revision"] = model.model_revision
-    loaded = _reaching(model, loader.from_pretrained, base.path, **options)
-    loaded.config.pad_token_id = base.tokenizer.pad_token_id
-    if not peft.lora:
-        return loaded
-    targets = peft.lora_target_modules
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM if model.task == "causal_lm" else TaskType.SEQ_CLS,
+    if model.attn_implementation is not None:
+        options["attn_implementation"] = model.attn_implementation
+    if model.load_in_4bit:
+        options["quantization_config"] = _four_bits()
+    loaded = _reaching(model, _CLASSES[model.task].from_pretrained, base.path, **options)
+    if model.task != "image_classification":
+        loaded.config.pad_token_id = base.processor.pad_token_id
+    return loaded
+
+
+def lora_config(model: ModelArguments, peft: PeftArguments) -> LoraConfig:
+    """The adapters that a recipe asks for.
+
+    Example:
+        >>> lora_config(ModelArguments(), PeftArguments(lora=True)).target_modules
+        'all-linear'
+    """
+    types = {"sequence_classification": TaskType.SEQ_CLS, "image_classification": None}
+    # PEFT trains and saves the new head of a text classifier by itself; it knows no classifiers of pictures.
+    own_head = ["classifier"] if model.task == "image_classification" else []
+    return LoraConfig(
+        task_type=types.get(model.task, TaskType.CAUSAL_LM),
         r=peft.lora_r,
         lora_alpha=peft.lora_alpha,
         lora_dropout=peft.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        modules_to_save=peft.lora_modules_to_save or None,
+        target_modules="all-linear" if peft.lora_target_modules == ["all-linear"] else peft.lora_target_modules,
+        modules_to_save=peft.lora_modules_to_save or own_head or None,
     )
+
+
+def with_adapters(
+    loaded: PreTrainedModel, model: ModelArguments, peft: PeftArguments, checkpointing: bool = False
+) -> PreTrainedModel | PeftModel:
+    """The model with adapters, if the recipe asks for them.
+
+    Raises:
+        InputError: an adapter's target does not exist.
+    """
+    if not peft.lora:
+        return loaded
+    if model.load_in_4bit:
+        loaded = prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=checkpointing)
     try:
-        return get_peft_model(loaded, config)
+        return get_peft_model(loaded, lora_config(model, peft))
     except ValueError as error:
+        targets = peft.lora_target_modules
         raise InputError(f"lora_target_modules {targets}: {' '.join(str(error).split())}") from error
+
+
+def _four_bits() -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("load_in_4bit needs bitsandbytes; run pip install 'hf-momentum[qlora]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def _reaching(model: ModelArguments, load: Any, place: str | None = None, **options: Any) -> Any:

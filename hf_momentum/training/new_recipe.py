@@ -200,7 +200,7 @@ def propose(wish: Wish, hardware: Hardware, choose: Choose) -> Proposal:
     length, why = _block(look.task, words, config, tokenizer is not None, len(data["train"]))
     tokens = round(sum(words) / len(words) * rows) if words else rows * _patches(config)
     examples = max(1, tokens // length) if look.task == "causal_lm" else rows
-    sizes, checkpoints = ({}, True) if config is None else sizes_of(config, _loader(look.task))
+    sizes, checkpoints = ({}, True) if config is None else sizes_of(config, loader_of(look.task))
     batch = _batch(look.task, examples)
     chosen = fit(
         sizes,
@@ -268,7 +268,13 @@ def _read_model(model: str, task: str) -> tuple[Any, Any, str]:
     return config, None, ""
 
 
-def _loader(task: str) -> Any:
+def loader_of(task: str) -> Any:
+    """transformers' Auto class of a task.
+
+    Example:
+        >>> loader_of("chat").__name__
+        'AutoModelForCausalLM'
+    """
     return getattr(transformers, _LOADERS.get(task, "AutoModelForCausalLM"))
 
 
@@ -304,7 +310,8 @@ def _block(task: str, words: Sequence[int], config: Any, exact: bool, rows: int)
         block = max(32, min(limit, 2 ** int(math.log2(max(total / 10 / 8, 1)))))
         return block, f"texts are joined and cut into blocks; about {total:,} {counted} in all"
     most = percentile(words, 0.95)
-    block = min(limit, max(32, math.ceil(most / 32) * 32))
+    roomy = most if exact else most * 1.5
+    block = min(limit, max(32, math.ceil(roomy / 32) * 32))
     return block, f"95 of 100 examples have at most {most} {counted}; longer ones are cut"
 
 

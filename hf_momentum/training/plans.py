@@ -28,7 +28,7 @@ def check_overrides(overrides: Sequence[str], not_to_give: Mapping[str, str], by
         by: what sets them, in words.
 
     Raises:
-        InputError: one of them is given.
+        InputError: one of them is given, or a token.
 
     Example:
         >>> check_overrides(["--lam=1"], {"lam": "give the weights with --lambdas"}, "the grid")
@@ -38,6 +38,8 @@ def check_overrides(overrides: Sequence[str], not_to_give: Mapping[str, str], by
     """
     for word in overrides:
         name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        if word.startswith("--") and name == "hub_token":
+            raise InputError("--hub_token would stand in the report, whose command repeats these words; set HF_TOKEN")
         if word.startswith("--") and name in not_to_give:
             raise InputError(f"--{name} is set by {by}; {not_to_give[name]}")
 

@@ -27,6 +27,7 @@ from hf_momentum.integrations.transformers_hook import keyword_arguments
 from hf_momentum.optim.momentum_laws import momentum_key
 from hf_momentum.surgery import Settings, weights_of
 from hf_momentum.training.arguments import (
+    TRL_TASKS,
     BloopArguments,
     DataArguments,
     ModelArguments,
@@ -37,7 +38,6 @@ from hf_momentum.training.bloop import parse_rho
 from hf_momentum.training.trainer import MomentumTrainer
 
 OFFLINE_RECIPE = "recipes/quickstart.yaml"
-_DATACLASSES = (ModelArguments, DataArguments, PeftArguments, BloopArguments, MomentumTrainingArguments)
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Recipe:
     @property
     def unit(self) -> str:
         """What one prediction is: "example", "byte" or "token"."""
+        if self.model.task == "chat":
+            return "token"
         if self.model.task != "causal_lm":
             return "example"
         return "byte" if self.model.model_name_or_path == "scratch" else "token"
@@ -92,14 +94,37 @@ class RecipeParser(HfArgumentParser):
             raise ArgumentError(action, f"{value!r} is not accepted{hint}{listed}")
 
 
-def parser() -> RecipeParser:
+def dataclasses_of(task: str = "causal_lm") -> tuple[Any, ...]:
+    """The dataclasses whose fields a recipe of that task has.
+
+    Raises:
+        InputError: it is TRL's, and TRL is not installed.
+
+    Example:
+        >>> [cls.__name__ for cls in dataclasses_of()][-1]
+        'MomentumTrainingArguments'
+    """
+    training: Any = MomentumTrainingArguments
+    if task in TRL_TASKS:
+        try:
+            from hf_momentum.training import trl_trainers
+        except ImportError as error:
+            raise InputError(
+                f"task {task} is trained by TRL, which cannot be imported ({_one_line(error)}); run "
+                "pip install 'hf-momentum[trl]'"
+            ) from error
+        training = trl_trainers.MomentumSFTConfig if task == "chat" else trl_trainers.MomentumDPOConfig
+    return (ModelArguments, DataArguments, PeftArguments, BloopArguments, training)
+
+
+def parser(task: str = "causal_lm") -> RecipeParser:
     """The parser of all recipe fields; its `format_help` documents each.
 
     Example:
         >>> parser().parse_args_into_dataclasses(["--output_dir", "out", "--lora_r", "4", "--use_cpu"])[2].lora_r
         4
     """
-    return RecipeParser(_DATACLASSES, prog="hf-momentum train", allow_abbrev=False)
+    return RecipeParser(dataclasses_of(task), prog="hf-momentum train", allow_abbrev=False)
 
 
 def training_arguments(words: Sequence[str]) -> MomentumTrainingArguments:
@@ -143,7 +168,8 @@ def load_recipe(config: str | None = None, overrides: Sequence[str] = ()) -> Rec
         ['prose=stdlib:prose@test']
     """
     name, words, entries = ("custom", {}, {}) if config is None else _read(config)
-    fields = {field.name: field for cls in _DATACLASSES for field in dataclasses.fields(cls) if field.init}
+    task = str(_overridden(overrides).get("task", entries.get("task", "causal_lm")))
+    fields = {field.name: field for cls in dataclasses_of(task) for field in dataclasses.fields(cls) if field.init}
     typed: list[str] = []
     for key, value in entries.items():
         if key not in fields:
@@ -151,7 +177,7 @@ def load_recipe(config: str | None = None, overrides: Sequence[str] = ()) -> Rec
         typed += _as_typed(config, fields[key], value)
     typed += list(overrides)
     try:
-        *arguments, unknown = parser().parse_args_into_dataclasses(
+        *arguments, unknown = parser(task).parse_args_into_dataclasses(
             typed, return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, TypeError, ImportError) as error:
@@ -303,6 +329,28 @@ def _check(recipe: Recipe) -> None:
         raise InputError(f"scratch_hidden_size must be a multiple of 32, got {recipe.model.scratch_hidden_size}")
     if not 0 <= recipe.peft.lora_dropout < 1:
         raise InputError(f"lora_dropout must be in [0, 1), got {recipe.peft.lora_dropout}")
+    if recipe.model.load_in_4bit and not recipe.peft.lora:
+        raise InputError("load_in_4bit holds the model in weights that cannot be trained; set lora: true, too")
+    if recipe.model.task in TRL_TASKS:
+        _check_trl(recipe)
+
+
+def _check_trl(recipe: Recipe) -> None:
+    """Refuse what TRL's trainers would not be given."""
+    task, bloop = recipe.model.task, recipe.bloop
+    if recipe.model.model_name_or_path == "scratch":
+        raise InputError(f"model_name_or_path 'scratch' knows no {task}; name a pretrained model")
+    if recipe.training.trust_remote_code:  # type: ignore[attr-defined]
+        raise InputError("trust_remote_code is not accepted: no code of a model's repository is run here")
+    if recipe.training.model_init_kwargs:  # type: ignore[attr-defined]
+        raise InputError("model_init_kwargs is not accepted; use model_dtype, model_revision and attn_implementation")
+    if bloop.aux_dataset and bloop.surgery == "replay":
+        raise InputError(f"surgery replay is not for task {task}; take mixed, or put the examples into one file")
+    if recipe.data.evaluation_suite is not None:
+        raise InputError(
+            f"evaluation_suite is not for task {task}: name splits (in_distribution, shifted, must_not_forget), and "
+            "run hf-momentum evaluate on the trained model"
+        )
 
 
 def _check_training(training: MomentumTrainingArguments) -> None:

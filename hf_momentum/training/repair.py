@@ -82,6 +82,7 @@ _NOT_TO_GIVE = {
     "resume_from_checkpoint": "the same command, given again, goes on by itself",
     "num_train_epochs": "give max_steps, which baselines can have, too",
     "push_to_hub": "push the repaired model when it was accepted",
+    "hub_token": "it would stand in the report; set HF_TOKEN",
     "deepspeed": "a repair runs in one process",
     "fsdp": "a repair runs in one process",
 }

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 # An absolute path in text: not part of a word, an address or a relative path, up to what ends a word.
 _ABSOLUTE = re.compile(r"(?<![\w:/.~\\-])/(?:[\w.+@%-]+/)*[\w.+%-]+/?")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b|(?<=hub_token[:=])\w{8,}|(?<=hub_token[:=] )\w{8,}")
 
 
 def without_places(text: str, known: Mapping[str, str] | None = None) -> str:
@@ -42,8 +42,8 @@ def secret_in(text: str) -> str | None:
     """What in a text is a token: this process's own, or what looks like one of the Hub's; shortened, to be named.
 
     Example:
-        >>> secret_in("hub_token: hf_abcdefghijklmnopqrstuvwxyz"), secret_in("hf_momentum")
-        ('hf_ab...', None)
+        >>> secret_in("hf_abcdefghijklmnopqrstuvwxyz"), secret_in("hub_token: mysecret"), secret_in("hf_momentum")
+        ('hf_ab...', 'mysec...', None)
     """
     own = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
     found = next((token for token in own if len(token) >= 8 and token in text), None)

@@ -7,12 +7,11 @@ from typing import Any
 
 import datasets
 import huggingface_hub.errors
-from transformers import PreTrainedTokenizerBase
 
 from hf_momentum.errors import InputError
 from hf_momentum.evaluation.results import Role
 from hf_momentum.training import corpus
-from hf_momentum.training.arguments import DataArguments
+from hf_momentum.training.arguments import TRL_TASKS, DataArguments
 from hf_momentum.training.recipe import OFFLINE_RECIPE, split_name
 
 _READERS = {
@@ -22,6 +21,12 @@ _READERS = {
     ".tsv": "csv",
     ".parquet": "parquet",
     ".txt": "text",
+}
+
+# Any of these sets of columns will do.
+_TRL_COLUMNS = {
+    "chat": (("messages",), ("conversations",), ("prompt", "completion"), ("text",)),
+    "preference": (("chosen", "rejected"),),
 }
 
 # What an unreachable or unknown Hub dataset raises, depending on where it fails.
@@ -102,8 +107,10 @@ class Split:
         role: "training", "auxiliary training", "validation", "in distribution", "shifted", "must not forget" or
             "auxiliary".
         source: as written in the recipe.
-        examples: rows with `input_ids` and `labels`.
-        bytes_per_token: UTF-8 bytes per token of the text, for figures that do not depend on the tokenizer.
+        examples: rows with `input_ids` and `labels`, or with `pixel_values` and `labels`; for TRL's trainers, rows as
+            they were read, which those tokenize.
+        bytes_per_token: UTF-8 bytes per token of the text, for figures that do not depend on the tokenizer; 1 where
+            there is no text of its own.
     """
 
     name: str
@@ -136,24 +143,38 @@ class Loader:
     """Loads splits for one task, with one tokenizer.
 
     Args:
-        task: "causal_lm" or "sequence_classification".
+        task: of a recipe.
         data: the recipe's data fields.
-        tokenizer: any fast tokenizer.
+        processor: any fast tokenizer; for pictures an image processor.
         seed: which training examples are kept where their number is limited. Of evaluation splits the same ones are
             kept whatever the seed: else the choice would widen every interval over seeds.
+        picture_mode: what pictures are converted to.
+
+    Attributes:
+        classes: of a classifier, as the training data's label column has them; empty before `training`.
+        class_names: what they are called, in the same order.
     """
 
-    def __init__(self, task: str, data: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
-        self.task, self.data, self.tokenizer, self.seed = task, data, tokenizer, seed
+    def __init__(self, task: str, data: DataArguments, processor: Any, seed: int, picture_mode: str = "RGB") -> None:
+        self.task, self.data, self.processor, self.seed = task, data, processor, seed
+        self.picture_mode = picture_mode
         self.classes: list[Any] = []
+        self.class_names: list[str] = []
 
     def training(self) -> Split:
-        """The training split; for classification it also fixes the set of classes."""
+        """The training split; for classification it also fixes the set of classes.
+
+        Raises:
+            InputError: the data lack a column, are empty, or hold a single class.
+        """
         rows = self._rows(self.data.train_dataset)
-        if self.task == "sequence_classification":
+        if self._classifies:
             self.classes = sorted(set(rows[self.data.label_column]))
             if len(self.classes) < 2:
                 raise InputError(f"{self.data.train_dataset}: column {self.data.label_column!r} holds a single class")
+            feature = rows.features[self.data.label_column]
+            named = isinstance(feature, datasets.ClassLabel)
+            self.class_names = [feature.names[value] if named else str(value) for value in self.classes]
         return self._split("train", "training", self.data.train_dataset, rows, self.data.max_train_examples)
 
     def auxiliaries(self, entries: Sequence[str], most: int | None) -> list[Split]:
@@ -179,14 +200,20 @@ class Loader:
 
     def _rows(self, source: str) -> datasets.Dataset:
         rows = Source.parse(source).load()
-        wanted = [self.data.text_column]
-        if self.task == "sequence_classification":
-            wanted.append(self.data.label_column)
+        there = ", ".join(rows.column_names) or "none"
+        if self.task in TRL_TASKS:
+            if not any(set(columns) <= set(rows.column_names) for columns in _TRL_COLUMNS[self.task]):
+                ways = " or ".join(" with ".join(columns) for columns in _TRL_COLUMNS[self.task])
+                raise InputError(
+                    f"dataset {source!r} has none of the columns that {self.task} takes: {ways}; it has {there}"
+                )
+            return rows
+        which = "image_column" if self.task == "image_classification" else "text_column"
+        wanted = [getattr(self.data, which), *([self.data.label_column] if self._classifies else [])]
         for column in wanted:
             if column not in rows.column_names:
                 raise InputError(
-                    f"dataset {source!r} has no column {column!r}; it has {', '.join(rows.column_names) or 'none'}. "
-                    "Set text_column or label_column"
+                    f"dataset {source!r} has no column {column!r}; it has {there}. Set {which} or label_column"
                 )
         if len(rows) == 0:
             raise InputError(f"dataset {source!r} is empty")
@@ -194,19 +221,28 @@ class Loader:
 
     def _split(self, name: str, role: str, source: str, rows: datasets.Dataset, most: int | None) -> Split:
         seed = self.seed if role.endswith("training") else 0
-        examples = self._blocks(rows, source) if self.task == "causal_lm" else self._classified(rows, source)
+        makers = {
+            "causal_lm": self._blocks,
+            "sequence_classification": self._classified,
+            "image_classification": self._pictured,
+        }
+        examples = makers[self.task](rows, source) if self.task in makers else rows
         if most is not None and most < len(examples):
             examples = examples.shuffle(seed=seed).select(range(most))
-        return Split(name, role, source, examples, self._bytes_per_token(rows))
+        return Split(name, role, source, examples, self._bytes_per_token(rows) if self.task == "causal_lm" else 1.0)
+
+    @property
+    def _classifies(self) -> bool:
+        return self.task.endswith("classification")
 
     def _bytes_per_token(self, rows: datasets.Dataset) -> float:
         sample = [str(text) for text in rows[:200][self.data.text_column]]
-        tokens = sum(len(ids) for ids in self.tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
+        tokens = sum(len(ids) for ids in self.processor(sample, add_special_tokens=False, verbose=False)["input_ids"])
         return sum(len(text.encode()) for text in sample) / max(tokens, 1)
 
     def _blocks(self, rows: datasets.Dataset, source: str) -> datasets.Dataset:
         """Documents end to end, parted by the end token, cut into blocks of equal length; a thousand at a time."""
-        tokenizer, end = self.tokenizer, self.tokenizer.eos_token_id
+        tokenizer, end = self.processor, self.processor.eos_token_id
         size, column = self.data.block_size, self.data.text_column
 
         def pack(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
@@ -225,18 +261,34 @@ class Loader:
         return examples
 
     def _classified(self, rows: datasets.Dataset, source: str) -> datasets.Dataset:
-        tokenizer, length = self.tokenizer, self.data.block_size
-        column, label = self.data.text_column, self.data.label_column
-        unknown = sorted(set(rows[label]) - set(self.classes), key=str)
-        if unknown:
-            raise InputError(f"dataset {source!r} has a class that the training data lacks: {unknown[0]!r}")
-        index = {name: position for position, name in enumerate(self.classes)}
+        tokenizer, length = self.processor, self.data.block_size
+        column, label, index = self.data.text_column, self.data.label_column, self._places(rows, source)
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
             encoded = tokenizer([str(text) for text in batch[column]], truncation=True, max_length=length)
             return {**encoded, "labels": [index[name] for name in batch[label]]}
 
         return self._mapped(rows, encode, source)
+
+    def _pictured(self, rows: datasets.Dataset, source: str) -> datasets.Dataset:
+        """Pictures, read and scaled when they are needed."""
+        processor, mode, index = self.processor, self.picture_mode, self._places(rows, source)
+        column, label = self.data.image_column, self.data.label_column
+        if not isinstance(rows.features[column], datasets.Image):
+            rows = rows.cast_column(column, datasets.Image())  # paths and bytes are pictures, too
+
+        def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            pictures = processor(images=[picture.convert(mode) for picture in batch[column]], return_tensors="pt")
+            return {"pixel_values": list(pictures["pixel_values"]), "labels": [index[name] for name in batch[label]]}
+
+        return rows.select_columns([column, label]).with_transform(encode)
+
+    def _places(self, rows: datasets.Dataset, source: str) -> dict[Any, int]:
+        """The number of the model's output for each class."""
+        unknown = sorted(set(rows[self.data.label_column]) - set(self.classes), key=str)
+        if unknown:
+            raise InputError(f"dataset {source!r} has a class that the training data lacks: {unknown[0]!r}")
+        return {name: position for position, name in enumerate(self.classes)}
 
     @staticmethod
     def _mapped(rows: datasets.Dataset, function: Any, source: str) -> datasets.Dataset:

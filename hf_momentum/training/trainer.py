@@ -45,8 +45,8 @@ from hf_momentum.training.whole import load_whole
 _PREPARE = ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"]
 
 
-class MomentumTrainer(Trainer):
-    """transformers' Trainer with ten additions.
+class MomentumMixin:
+    """Ten additions to transformers' Trainer, or to one made from it: written before it among a class's bases.
 
     Registered optimizer names work without touching transformers' private tables; the optimizer's inner quantities
     are logged with the loss; a non-finite loss stops the run at once, before the weights move, and weights that are
@@ -57,7 +57,7 @@ class MomentumTrainer(Trainer):
     sharding Accelerate left out is refused; and a checkpoint is declared complete in its last moment, so that resuming
     passes over one that a dying process left half written.
 
-    Args: those of `transformers.Trainer`.
+    Args: those of the Trainer.
 
     Attributes:
         before_training: called once when the next `train` has prepared the model. Under FSDP and DeepSpeed that is
@@ -66,11 +66,10 @@ class MomentumTrainer(Trainer):
         card: the text that `create_model_card` writes instead of transformers' own.
 
     Example:
-        >>> import torch
-        >>> args = MomentumTrainingArguments(output_dir="out", optim="tam", optim_args="gamma=0.95", use_cpu=True)
-        >>> cls, kwargs = MomentumTrainer.get_optimizer_cls_and_kwargs(args)
-        >>> cls.__name__, kwargs["gamma"]
-        ('TAM', 0.95)
+        >>> from transformers import Seq2SeqTrainer
+        >>> class Mine(MomentumMixin, Seq2SeqTrainer): ...
+        >>> Mine.get_optimizer_cls_and_kwargs(MomentumTrainingArguments(output_dir="out", optim="tam", use_cpu=True))[0]
+        <class 'hf_momentum.optim.tam.TAM'>
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -301,3 +300,15 @@ class MomentumTrainer(Trainer):
                 f"loss is {value} at step {self.state.global_step + 1}; the step was not taken. "
                 f"Last good checkpoint: {kept or 'none'}. Lower learning_rate, set max_grad_norm, or look at that batch"
             )
+
+
+class MomentumTrainer(MomentumMixin, Trainer):
+    """transformers' Trainer with the additions of `MomentumMixin`.
+
+    Example:
+        >>> import torch
+        >>> args = MomentumTrainingArguments(output_dir="out", optim="tam", optim_args="gamma=0.95", use_cpu=True)
+        >>> cls, kwargs = MomentumTrainer.get_optimizer_cls_and_kwargs(args)
+        >>> cls.__name__, kwargs["gamma"]
+        ('TAM', 0.95)
+    """
