@@ -69,6 +69,14 @@ def test_a_registered_name_is_known_everywhere(forgotten, tmp_path, capsys):
         register(spec())
 
 
+def test_the_card_of_a_run_with_it_names_its_source_and_cites_no_paper_of_ours(forgotten):
+    from hf_momentum.training.card import papers
+
+    register(spec())
+    assert papers("plain", {}) == []
+    assert [paper.arxiv for paper in papers("tam", {})] == ["2412.18790"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

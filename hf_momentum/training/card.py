@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from hf_momentum.evaluation import Report
 from hf_momentum.evaluation.hub import eval_results
 from hf_momentum.integrations import OPTIMIZERS
-from hf_momentum.integrations.papers import BETA_SCHEDULING, BLOOP, Paper, paper_of
+from hf_momentum.integrations.papers import BETA_SCHEDULING, BLOOP, PAPERS, Paper
 
 # As the Hub calls them; all others generate text.
 _TASKS = {"sequence_classification": "text-classification", "image_classification": "image-classification"}
@@ -79,7 +79,9 @@ def papers(optimizer: str | None, recipe: Mapping[str, Any]) -> list[Paper]:
         >>> [paper.arxiv for paper in papers("tam", {"aux_dataset": "a=b", "surgery": "bloop"})]
         ['2412.18790', '2402.02998']
     """
-    found = [paper_of(OPTIMIZERS[optimizer].source)] if optimizer is not None and optimizer in OPTIMIZERS else []
+    # The source of an optimizer that a user has registered is none of ours, and is named in the card as it stands.
+    source = OPTIMIZERS[optimizer].source if optimizer is not None and optimizer in OPTIMIZERS else ""
+    found = [paper for paper in PAPERS.values() if source == f"arXiv {paper.arxiv}"]
     auxiliary = recipe.get("aux_dataset") or recipe.get("aux_loss")
     if auxiliary and recipe.get("surgery", "bloop") == "bloop":
         found.append(BLOOP)
