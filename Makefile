@@ -8,7 +8,7 @@ PIP    := DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-vers
 # Nothing here needs the network after installation; the Hub client must not wait for it.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-all adapters matrix matrix-bloop bench-surgery bench-diagnosis bench bench-training claims curves docs style format clean help
+.PHONY: release-check lowest quickstart test test-all adapters matrix matrix-bloop bench-surgery bench-diagnosis bench bench-training claims curves docs style format clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -96,6 +96,13 @@ style: $(VENV)/dev.stamp ## check format, lint and types
 format: $(VENV)/dev.stamp ## rewrite to the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# For every Python that is found; the wheel and the sdist stay in dist/.
+release-check: ## wheel and sdist, tried in new environments as a new user would (about ten minutes for each Python)
+	$(PYTHON) scripts/release_check.py
+
+lowest: ## the tests that matter against the oldest versions that pyproject.toml accepts (about twenty minutes)
+	$(PYTHON) scripts/release_check.py --lowest
 
 clean: ## remove the environment and all outputs
 	rm -rf $(VENV) outputs build dist .pytest_cache .mypy_cache .ruff_cache
