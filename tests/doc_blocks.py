@@ -287,7 +287,7 @@ TABLES = [
     "reviews/products_test.jsonl",
     "hard.jsonl",
 ]
-CSVS = ["reviews.csv", "products.csv"]
+CSVS = ["reviews.csv", "products.csv", "phones.csv"]
 CLASSIFIERS = ["outputs/sentiment_minilm", "mine", "d_minilm", "outputs/repair_digits/model"]
 SUITE = "task: sequence_classification\nsplits: {a: {role: in_distribution, source: movies_test.jsonl}}\n"
 

@@ -17,6 +17,7 @@ import yaml
 from hf_momentum import BloopArguments
 from hf_momentum.evaluation.suite import read_suite
 from hf_momentum.integrations import OPTIMIZERS
+from hf_momentum.training import load_recipe
 from tests.doc_blocks import DOCS, FOREIGN, ROOT, Block, blocks_of, commands_of, every_block, furnish, pages
 
 BLOCKS = {block.name: block for block in every_block()}
@@ -32,6 +33,7 @@ RUN = [name for name, block in BLOCKS.items() if block.language in ("python", "b
 
 # Blocks that are read by a program too, and by which.
 SUITES = ["docs/evaluation.md yaml 1", "docs/start.md yaml 1"]
+RECIPES = ["docs/command_line.md yaml 1"]
 # Blocks that nothing reads: diagrams, excerpts of data and of settings.
 SHOWN = {
     "docs/adapters.md yaml 1",  # tests/adapters/test_axolotl.py reads such settings
@@ -116,7 +118,7 @@ def test_the_harness_sees_a_slip(outcome, slip):
 def test_every_block_is_run_or_listed_with_a_reason():
     """A block in a language that nobody runs, or a line for a block that is gone, is an error."""
     others = {name for name, block in BLOCKS.items() if block.language not in ("python", "bash")}
-    assert others == {*SUITES, *SHOWN}
+    assert others == {*SUITES, *RECIPES, *SHOWN}
     assert set(NOT_RUN) <= set(BLOCKS)
     bash = [block for block in BLOCKS.values() if block.language == "bash"]
     assert set(FOREIGN) <= {words[0] for block in bash for words in commands_of(block.text)}
@@ -150,6 +152,13 @@ def test_commands_are_found_in_lines_pipes_and_substitutions():
 @pytest.mark.parametrize("name", SUITES)
 def test_a_suite_that_is_shown_is_one(name):
     assert len(read_suite(BLOCKS[name].text, name).splits) >= 3
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_that_is_shown_is_one(name, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(BLOCKS[name].text)
+    assert load_recipe(str(path), [f"--output_dir={tmp_path}"]).training.optim
 
 
 QUICK = ["--scratch_steps", "2", "--scratch_batch_size", "2", "--block_size", "32", "--cache_dir", "cache"]
