@@ -448,8 +448,9 @@ def test_the_command_trains_tunes_and_writes_the_report(words, tmp_path, capsys)
     frozen = next(run for run in finished if run.method == "tam, frozen gate" and run.seed == tam.seed)
     assert tam.learning_rate == frozen.learning_rate and tam.scores != frozen.scores
     assert frozen.gain == pytest.approx(5.0, rel=1e-5), "1/2 / (1 - 0.9)"
-    assert main(["compare", *typed, "--dry-run"]) == 0
-    assert "13 done" in capsys.readouterr().out
+    assert main(["compare", *typed, "--dry-run", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["command"] == "compare" and "13 done" in " ".join(answer["summary"])
 
 
 def test_a_run_whose_process_dies_is_told_with_its_log(words, tmp_path):

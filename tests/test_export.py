@@ -272,11 +272,12 @@ def test_stage_3_keeps_its_state_under_another_name():
 # --- without a launch ------------------------------------------------------------------------------------------------
 
 
-def test_a_plain_checkpoint_exports_in_another_type_and_loads_in_it(alone, tmp_path):
+def test_a_plain_checkpoint_exports_in_another_type_and_loads_in_it(alone, tmp_path, capfd):
     from tests.checkpoint_job import byte_tokenizer
 
     byte_tokenizer(32).save_pretrained(alone)
-    assert main(["export", str(alone / "checkpoint-2"), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    assert main(["export", str(alone / "checkpoint-2"), str(tmp_path / "out"), "--dtype", "bfloat16", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["folder"] == str(tmp_path / "out")
     truth = load_file(alone / "checkpoint-2" / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for name, value in model.state_dict().items():

@@ -252,8 +252,10 @@ def test_the_command_writes_the_report_and_prints_the_verdict(words, tmp_path, c
     assert command(tmp_path, words(), "--dry-run") == 0
     assert "11 finished, 0 to run" in capsys.readouterr().out
     monkeypatch.setattr(pareto, "run_grid", partial(real, run=FakeRunner(mixed="failed")))
-    assert command(tmp_path, words(), "--learning_rate", "0.01") == 1
-    assert "mixed, lambda 1, seed 1 failed: out of luck" in capsys.readouterr().out
+    assert command(tmp_path, words(), "--learning_rate", "0.01", "--json") == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["exit"] == 1 and any("seed 1 failed: out of luck" in line for line in answer["summary"])
+    assert Path(answer["report_json"]).is_file() and answer["report"]["methods"] == ["bloop", "mixed"]
 
 
 @pytest.mark.parametrize(

@@ -162,8 +162,10 @@ def test_a_model_that_is_right_has_nothing_to_repair(toy, tmp_path, capsys):
     rows = read(toy / "train.jsonl")
     known = [row for row, right in zip(rows, right_by_hand(toy / "model", rows), strict=True) if right]
     data = write_rows(tmp_path / "known.jsonl", known)
-    assert main([*words(toy, tmp_path / "out", *HEAD), f"--data={data}"]) == 0
-    assert "The model has every prediction of the data right." in capsys.readouterr().out
+    assert main([*words(toy, tmp_path / "out", *HEAD), f"--data={data}", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert "The model has every prediction of the data right." in " ".join(answer["summary"])
+    assert answer["exit"] == 0 and answer["output_dir"] == str(tmp_path / "out")
     assert repairable.record(tmp_path / "out")["found"]["outcome"] == "nothing to repair"
     assert not (tmp_path / "out" / "model").exists()
 

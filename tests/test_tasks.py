@@ -23,6 +23,7 @@ from hf_momentum.errors import InputError
 from hf_momentum.optim import TAM, AdaTAMW
 from hf_momentum.training import MomentumTrainingArguments, job, load_recipe
 from hf_momentum.training.evaluated import load_evaluated
+from hf_momentum.training.hub_contents import gather
 from hf_momentum.training.tokenizer import byte_tokenizer
 from hf_momentum.training.trainer import MomentumMixin
 
@@ -97,6 +98,11 @@ def _words(task: str, model: Path, data: str, out: Path, **more: object) -> list
     return [f"--{name}={value}" for name, value in {**given, **more}.items()]
 
 
+def _pushed(run: Path) -> set[str]:
+    """What `hf-momentum push` would send."""
+    return {item.path for item in gather(run, run.with_name("staging")).items}
+
+
 def _answers(folder: Path, tokens: list[int], prompt: int) -> tuple[float, int, int]:
     """Nats, number and hits of the tokens after the prompt, one forward pass by hand."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -131,6 +137,7 @@ def test_a_chat_recipe_trains_with_our_optimizer_and_reports(chatty, chats, tmp_
     assert split["change"]["loss"]["high"] < 0  # every answer begins alike: three steps are enough
     assert "cosine" in report["history"][0] and report["facts"]["optimizer"].startswith("`tam`")
     assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() > 0
+    assert {"model.safetensors", "chat_template.jinja", "recipe.yaml", "report.json"} <= _pushed(tmp_path)
 
 
 def test_a_chat_trains_as_with_trls_own_trainer(chatty, chats, tmp_path):
@@ -240,6 +247,8 @@ def test_a_recipe_of_pictures_learns_and_names_its_classes(seeing, digits, tmp_p
     assert split["examples"] == 50 and split["change"]["loss"]["high"] < 0
     model = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert model.config.id2label[7] == "digit 7"
+    assert {"model.safetensors", "preprocessor_config.json", "recipe.yaml", "README.md"} <= _pushed(tmp_path)
+    assert "type: image-classification" in (tmp_path / "README.md").read_text()
 
 
 def test_adapters_of_a_picture_model_bring_their_head(seeing, digits, tmp_path):

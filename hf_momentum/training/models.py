@@ -118,8 +118,9 @@ def lora_config(model: ModelArguments, peft: PeftArguments) -> LoraConfig:
         r=peft.lora_r,
         lora_alpha=peft.lora_alpha,
         lora_dropout=peft.lora_dropout,
-        target_modules="all-linear" if peft.lora_target_modules == ["all-linear"] else peft.lora_target_modules,
-        modules_to_save=peft.lora_modules_to_save or own_head or None,
+        # PEFT appends to the lists that it is given.
+        target_modules="all-linear" if peft.lora_target_modules == ["all-linear"] else [*peft.lora_target_modules],
+        modules_to_save=[*peft.lora_modules_to_save] or own_head or None,
     )
 
 
