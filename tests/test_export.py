@@ -19,7 +19,7 @@ from hf_momentum.training.checkpoints import (
     check_checkpoint,
     faults,
     kind_of,
-    load_trusted,
+    load_deepspeed,
     optimizer_files,
     read_manifest,
 )
@@ -161,7 +161,7 @@ def test_zero_on_another_number_of_processes_is_refused(saved):
 def write_pieces(checkpoint: Path, whole: dict) -> None:
     """The tables that an optimizer leaves, made here from DeepSpeed's own record, which stages 1 and 2 keep."""
     shapes = {name: value.shape for name, value in whole.items()}
-    saved = {rank: load_trusted(path)["optimizer_state_dict"] for rank, path in optimizer_files(checkpoint)}
+    saved = {rank: load_deepspeed(path)["optimizer_state_dict"] for rank, path in optimizer_files(checkpoint)}
     names: list[list[str]] = [[] for _ in saved[0]["param_slice_mappings"]]
     for rank in sorted(saved):
         for group, mapping in enumerate(saved[rank]["param_slice_mappings"]):

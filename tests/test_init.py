@@ -301,4 +301,4 @@ def test_init_train_and_evaluate_on_a_table_of_ones_own(here, encoder, capfd):
     assert splits["phones"]["role"] == "shifted"
     assert main([*answer["then"].split()[1:], "--json"]) == 0  # as `init` said it
     measured = json.loads(capfd.readouterr().out)["report"]
-    assert {"test", "phones", "typos (1)"} <= {split["name"] for split in measured["splits"]}, measured["splits"]
+    assert {"test", "phones", "typos_1"} <= {split["name"] for split in measured["splits"]}, measured["splits"]

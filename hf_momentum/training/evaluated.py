@@ -77,7 +77,12 @@ class Evaluated:
 
 
 def load_evaluated(
-    place: str, task: str, device: str | None = None, dtype: str = "auto", revision: str | None = None
+    place: str,
+    task: str,
+    device: str | None = None,
+    dtype: str = "auto",
+    revision: str | None = None,
+    for_gradients: bool = False,
 ) -> Evaluated:
     """A model for a task.
 
@@ -88,9 +93,11 @@ def load_evaluated(
         device: such as "cpu" or "cuda:1"; the accelerator, where there is one, unless given.
         dtype: of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
         revision: branch, tag or commit of a Hub model.
+        for_gradients: whether gradients of its weights are wanted, which quantised ones do not have.
 
     Raises:
-        InputError: there is no such model, it has no weights for the task, or device or dtype are not accepted.
+        InputError: there is no such model, it has no weights for the task, or device or dtype are not accepted; or it
+            is quantised, and gradients are wanted.
 
     Example:
         >>> load_evaluated("no/such/folder", "causal_lm", device="cpu")
@@ -103,11 +110,11 @@ def load_evaluated(
     on = find_device(device)
     folder = Path(place).expanduser()
     if not folder.is_dir():
-        return _load(place, place, task, on, dtype, revision)
+        return _load(place, place, task, on, dtype, revision, for_gradients)
     if _readable(folder):
-        return _load(place, str(folder), task, on, dtype, None)
+        return _load(place, str(folder), task, on, dtype, None, for_gradients)
     with tempfile.TemporaryDirectory() as temporary:
-        return _load(place, str(export(folder, Path(temporary) / "model")), task, on, dtype, None)
+        return _load(place, str(export(folder, Path(temporary) / "model")), task, on, dtype, None, for_gradients)
 
 
 def task_of(place: str, revision: str | None = None) -> str:
@@ -191,11 +198,21 @@ def _readable(folder: Path) -> bool:
     return described and any(path for name in names for path in folder.glob(name))
 
 
-def _load(place: str, folder: str, task: str, device: torch.device, dtype: str, revision: str | None) -> Evaluated:
+def _load(
+    place: str,
+    folder: str,
+    task: str,
+    device: torch.device,
+    dtype: str,
+    revision: str | None,
+    for_gradients: bool,
+) -> Evaluated:
     try:
         adapter = _adapter(folder, revision)
         source = folder if adapter is None else str(adapter.base_model_name_or_path)
         options: dict[str, Any] = {"dtype": dtype, "revision": revision if adapter is None else adapter.revision}
+        if for_gradients:
+            _check_not_quantised(place, source, options["revision"])
         classifies = task.endswith("classification")
         if adapter is not None and classifies:
             options |= _classes_of_adapter(place, folder)
@@ -245,6 +262,14 @@ def _classes_of_adapter(place: str, folder: str) -> dict[str, Any]:
         if value.dim() == 2 and "lora_" not in name and name.split(".")[-2] in (*_HEADS, "out_proj")
     ]
     return {"num_labels": heads[-1].shape[0]} if heads else {}
+
+
+def _check_not_quantised(place: str, source: str, revision: str | None) -> None:
+    if AutoConfig.from_pretrained(source, revision=revision).to_dict().get("quantization_config"):
+        raise InputError(
+            f"model {place!r} holds quantised weights, which have no gradients; name the model that was quantised, or "
+            "adapters on it"
+        )
 
 
 def _check_head(place: str, task: str, loaded: Mapping[str, Any]) -> None:

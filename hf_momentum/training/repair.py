@@ -321,7 +321,12 @@ def repair(plan: Plan, command: str = "") -> RepairReport:
     claim(folder, plan)
     task, batch = plan.settings.data.task, plan.settings.batch_size
     evaluated = load_evaluated(
-        plan.settings.model, model_task(task), plan.settings.device, "float32", plan.settings.revision
+        plan.settings.model,
+        model_task(task),
+        plan.settings.device,
+        "float32",
+        plan.settings.revision,
+        for_gradients=True,
     )
     splits = load_splits(plan, evaluated)
     started = time.perf_counter()

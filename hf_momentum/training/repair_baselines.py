@@ -120,7 +120,12 @@ class _Bench:
     def load(plan: Plan) -> "_Bench":
         settings = plan.settings
         evaluated = load_evaluated(
-            settings.model, model_task(settings.data.task), settings.device, "float32", settings.revision
+            settings.model,
+            model_task(settings.data.task),
+            settings.device,
+            "float32",
+            settings.revision,
+            for_gradients=True,
         )
         splits = load_splits(plan, evaluated)
         before = splits.data.predictions(evaluated, settings.batch_size)

@@ -95,7 +95,7 @@ class Data:
         others = None if settings.against is None else load_rows(settings.against)
         task = model_task(settings.data.task)
         device = settings.device or own_device()
-        evaluated = load_evaluated(settings.model, task, device, "float32", settings.revision)
+        evaluated = load_evaluated(settings.model, task, device, "float32", settings.revision, for_gradients=True)
         examples = examples_of(evaluated, rows, settings.data)
         against = None
         if others is not None and settings.against is not None:
