@@ -35,6 +35,11 @@ def run(*words: object, **options: object) -> None:
     subprocess.run([str(word) for word in words], check=True, **options)  # type: ignore[call-overload]
 
 
+def runs(python: str) -> bool:
+    """Whether there is such an interpreter; a version manager may have a name for one that it does not run."""
+    return bool(shutil.which(python)) and not subprocess.run([python, "--version"], capture_output=True).returncode
+
+
 def build(out: Path) -> tuple[Path, Path]:
     """Wheel and sdist in `out`."""
     shutil.rmtree(out, ignore_errors=True)
@@ -145,7 +150,7 @@ def main() -> int:
     parser.add_argument("--lowest", action="store_true", help="test the oldest versions instead of the newest")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="for wheel and sdist (dist)")
     known = parser.parse_args()
-    pythons = known.python or [name for name in PYTHONS if shutil.which(name)] or [sys.executable]
+    pythons = known.python or [name for name in PYTHONS if runs(name)] or [sys.executable]
     wheel, sdist = build(known.out)
     missing = lacking(wheel, sdist)
     if missing:
