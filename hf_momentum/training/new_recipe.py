@@ -66,6 +66,8 @@ _FAULTS = {
 }
 
 _EPOCHS = 3
+# A classifier's new head starts from nothing: few rows are read more often, until it has had so many steps.
+_STEPS_OF_A_HEAD, _MOST_EPOCHS = 150, 20
 _PATIENCE_MINUTES = 30
 
 
@@ -326,6 +328,13 @@ def _batch(task: str, rows: int) -> int:
     return batch
 
 
+def _epochs(task: str, rows: int, batch: int) -> int:
+    """How often the training rows are read."""
+    if not task.endswith("classification"):
+        return _EPOCHS
+    return max(_EPOCHS, min(_MOST_EPOCHS, math.ceil(_STEPS_OF_A_HEAD * batch / max(rows, 1))))
+
+
 def _block(task: str, words: Sequence[int], config: Any, exact: bool, rows: int) -> tuple[int, str]:
     """Tokens of an example at most, and why; 0 for pictures."""
     if task == "image_classification":
@@ -459,7 +468,7 @@ def _compose(
     if length:
         made.put("max_length" if task in ("chat", "preference") else "block_size", length, why)
     together = chosen.micro_batch * chosen.accumulation * hardware.count
-    steps = math.ceil(examples / together)
+    steps, epochs = math.ceil(examples / together), _epochs(task, examples, together)
     made.say("Method.")
     rate, reason = learning_rate(wish.optim, task, chosen.lora)
     made.put("optim", wish.optim, "" if wish.optim in OPTIMIZERS else "`hf-momentum optimizers` lists ours")
@@ -472,22 +481,22 @@ def _compose(
         made.put("lora_r", LORA_R)
         made.put("lora_alpha", 2 * LORA_R)
     made.say(f"Length and memory, for {hardware}.")
-    total = None if pace is None else pace * _EPOCHS
+    total = None if pace is None else pace * epochs
     if total is not None and total > _PATIENCE_MINUTES:
-        most = max(20, int(steps * _PATIENCE_MINUTES / (total / _EPOCHS)))
-        most = min(most, steps * _EPOCHS)
+        most = max(20, int(steps * _PATIENCE_MINUTES / (total / epochs)))
+        most = min(most, steps * epochs)
         made.put(
             "max_steps",
             most,
-            f"about {_PATIENCE_MINUTES} minutes here; {_EPOCHS} times over all rows is {steps * _EPOCHS:,}",
+            f"about {_PATIENCE_MINUTES} minutes here; {epochs} times over all rows is {steps * epochs:,}",
         )
         made.put("eval_strategy", "steps")
         made.put("eval_steps", max(1, most // 4))
         made.put("save_strategy", "steps")
         made.put("save_steps", max(1, most // 4), "an interrupted run continues from there")
-        total = total * most / (steps * _EPOCHS)
+        total = total * most / (steps * epochs)
     else:
-        made.put("num_train_epochs", _EPOCHS, "times over the training rows")
+        made.put("num_train_epochs", epochs, "times over the training rows")
         made.put("eval_strategy", "epoch")
         made.put("save_strategy", "epoch", "an interrupted run continues from there")
     made.put("save_total_limit", 1)
