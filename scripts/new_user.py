@@ -29,15 +29,16 @@ LONGEST = 600  # seconds, from the table to the prediction
 
 # Run by a Python that must not have hf-momentum: what was pushed stands on its own.
 PREDICT = """
-import json, sys
+import csv, sys
 class Nowhere:
     def find_spec(self, name, *rest):
         if name.partition(".")[0] == "hf_momentum":
             raise ImportError("hf_momentum is not installed here")
 sys.meta_path.insert(0, Nowhere())
 from transformers import pipeline
-told = pipeline("text-classification", model=sys.argv[1], device="cpu")(json.loads(sys.argv[2]))
-print(json.dumps([one["label"] for one in told]))
+_, *rows = csv.reader(open(sys.argv[2], encoding="utf-8"))
+told = pipeline("text-classification", model=sys.argv[1], device="cpu")([line for line, _ in rows])
+print(sum(one["label"] == kind for one, (_, kind) in zip(told, rows)) / len(rows))
 """
 
 
@@ -98,14 +99,14 @@ def main() -> int:
         elsewhere = home / "elsewhere"
         pull = ["download", "me/lines", "--local-dir", str(elsewhere)]
         run([str(known.bin / "hf"), *pull], {**online, "HF_HOME": str(home / "other hub")})
-        asked = ["The statement is executed once for every item of the list.", "for item in list(items): yield item"]
-        told = run([str(known.bin / "python"), "-c", PREDICT, str(elsewhere), json.dumps(asked)], alone)
-        labels = json.loads(told.splitlines()[-1])
+        told = run([str(known.bin / "python"), "-c", PREDICT, str(elsewhere), "other_lines.csv"], alone)
+        right = float(told.splitlines()[-1])
         change = report["splits"][0]["change"]["accuracy"]
         seconds = time.perf_counter() - began
-        print(f"accuracy rose by {change['value']:.3f} [{change['low']:.3f}, {change['high']:.3f}]; predicted {labels}")
+        print(f"accuracy rose by {change['value']:.3f} [{change['low']:.3f}, {change['high']:.3f}]")
+        print(f"elsewhere, without hf-momentum, {right:.0%} of other lines were told right")
         print(f"{seconds:6.1f} s  in all")
-        if labels != ["prose", "code"] or seconds > LONGEST:
+        if right < 0.75 or seconds > LONGEST:
             return 1
     return 0
 

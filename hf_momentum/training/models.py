@@ -157,6 +157,8 @@ def _four_bits() -> BitsAndBytesConfig:
 def _reaching(model: ModelArguments, load: Any, place: str | None = None, **options: Any) -> Any:
     try:
         return load(place or model.model_name_or_path, **options)
+    except ImportError as error:  # how transformers says that a package is not there
+        raise InputError(f"model {model.model_name_or_path!r} needs more: {' '.join(str(error).split())}") from error
     except (OSError, ValueError, *NETWORK_ERRORS) as error:
         raise InputError(
             f"model {model.model_name_or_path!r} is neither a folder here nor reachable on the Hub "

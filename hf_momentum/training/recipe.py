@@ -340,9 +340,9 @@ def _check_trl(recipe: Recipe) -> None:
     task, bloop = recipe.model.task, recipe.bloop
     if recipe.model.model_name_or_path == "scratch":
         raise InputError(f"model_name_or_path 'scratch' knows no {task}; name a pretrained model")
-    if recipe.training.trust_remote_code:  # type: ignore[attr-defined]
+    if vars(recipe.training).get("trust_remote_code"):  # TRL has it since its version 1
         raise InputError("trust_remote_code is not accepted: no code of a model's repository is run here")
-    if recipe.training.model_init_kwargs:  # type: ignore[attr-defined]
+    if vars(recipe.training).get("model_init_kwargs"):
         raise InputError("model_init_kwargs is not accepted; use model_dtype, model_revision and attn_implementation")
     if bloop.aux_dataset and bloop.surgery == "replay":
         raise InputError(f"surgery replay is not for task {task}; take mixed, or put the examples into one file")

@@ -58,7 +58,8 @@ class MomentumSFTTrainer(MomentumMixin, SFTTrainer):
 
     def prepare_split(self, rows: Any, name: str, packed: bool = False) -> Any:
         """Tokenize rows as TRL tokenizes the training data: text, prompt and completion, or messages."""
-        made = self._prepare_dataset(rows, self.processing_class, self.args, packed, self._formatting_func, name)
+        formatting = vars(self).get("_formatting_func")  # kept by TRL since its version 1
+        made = self._prepare_dataset(rows, self.processing_class, self.args, packed, formatting, name)
         return self._remove_unused_columns(made, description=name)
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
