@@ -98,10 +98,10 @@ format: $(VENV)/dev.stamp ## rewrite to the project's format
 	$(BIN)/ruff format .
 
 # For every Python that is found; the wheel and the sdist stay in dist/.
-release-check: ## wheel and sdist, tried in new environments as a new user would (about ten minutes for each Python)
+release-check: ## wheel and sdist, tried in new environments as a new user would (about five minutes for each Python)
 	$(PYTHON) scripts/release_check.py
 
-lowest: ## the tests that matter against the oldest versions that pyproject.toml accepts (about twenty minutes)
+lowest: ## the tests that matter against the oldest versions that pyproject.toml accepts (about ten minutes)
 	$(PYTHON) scripts/release_check.py --lowest
 
 clean: ## remove the environment and all outputs

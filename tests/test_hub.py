@@ -22,6 +22,7 @@ from hf_momentum.cli import main
 from hf_momentum.errors import InputError
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.integrations.papers import paper_of
+from hf_momentum.training import MomentumTrainingArguments
 from hf_momentum.training.card import papers
 from hf_momentum.training.hub_contents import gather
 from tests.loopback_hub import LoopbackHub
@@ -608,3 +609,12 @@ def test_the_server_takes_no_object_that_differs_from_its_number(hub):
 def test_gather_says_why_there_is_nothing():
     with pytest.raises(InputError, match="is not a folder"):
         gather(Path("no such folder"), Path("staging"))
+
+
+def test_pickled_arguments_hold_no_token(tmp_path):
+    """As a Trainer of one's own pickles them beside every checkpoint."""
+    args = MomentumTrainingArguments(output_dir=str(tmp_path), hub_token=SECRET, use_cpu=True)
+    torch.save(args, tmp_path / "training_args.bin")
+    assert SECRET.encode() not in (tmp_path / "training_args.bin").read_bytes()
+    assert torch.load(tmp_path / "training_args.bin", weights_only=False).output_dir == str(tmp_path)
+    assert args.hub_token == SECRET
