@@ -284,7 +284,11 @@ def test_adapters_of_a_picture_model_bring_their_head(seeing, digits, tmp_path):
         ("chat", ["--packin=true"], "did you mean 'packing'"),
         ("causal_lm", ["--packing=true"], "unknown argument '--packing'"),
         ("chat", ["--trust_remote_code=true"], "no code of a model's repository is run|unknown argument"),
-        ("chat", ['--model_init_kwargs={"dtype": "float16"}'], "use model_dtype"),
+        (
+            "chat",
+            ['--model_init_kwargs={"dtype": "float16"}'],
+            "model_init_kwargs is not accepted; use model_dtype|invalid dict value",
+        ),
         ("chat", ["--model_name_or_path=scratch"], "name a pretrained model"),
         ("chat", ["--evaluation_suite=stdlib"], "evaluation_suite is not for task chat"),
         ("preference", ["--aux_dataset=a=b.jsonl", "--surgery=replay"], "surgery replay is not for task preference"),
