@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_momentum.cli import main
@@ -52,10 +52,14 @@ def here(tmp_path, monkeypatch) -> Path:
 def encoder(tmp_path_factory) -> str:
     """A Bert of two layers, and a tokenizer of whole words."""
     folder = tmp_path_factory.mktemp("encoder")
-    words = ["[PAD]", "[UNK]", "great", "lovely", "superb", "awful", "boring", "poor", "film", "of", "the", "year"]
+    words = "[PAD] [UNK] [CLS] great lovely superb awful boring poor film of the year".split()
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    # The head of a Bert reads the first position alone: it has to be the same token in every text.
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 2)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]"
+    ).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
@@ -292,13 +296,14 @@ def test_init_train_and_evaluate_on_a_table_of_ones_own(here, encoder, capfd):
     assert answer["task"] in TASKS and answer["memory_bytes"] > 0 and answer["minutes"] > 0
     assert answer["next"] == "hf-momentum train --config my_recipe.yaml"
     assert answer["written"][:2] == ["my_recipe.yaml", "my_recipe_suite.yaml"]
-    words = ["train", "--config", "my_recipe.yaml", "--json", "--learning_rate", "0.003", "--num_train_epochs", "4"]
+    # Random weights want more than the rate for trained ones; all twelve of twelve seeds tried learn at this one.
+    words = ["train", "--config", "my_recipe.yaml", "--json", "--learning_rate", "0.0002"]
     assert main(words) == 0
     trained = json.loads(capfd.readouterr().out)
     assert trained["command"] == "train" and Path(trained["report_json"]).is_file()
     splits = {split["name"]: split for split in trained["report"]["splits"]}
     assert splits["test"]["after"]["accuracy"]["value"] > 0.9
-    assert splits["phones"]["role"] == "shifted"
+    assert splits["phones"]["role"] == "shifted" and splits["phones"]["after"]["accuracy"]["value"] > 0.9
     assert main([*answer["then"].split()[1:], "--json"]) == 0  # as `init` said it
     measured = json.loads(capfd.readouterr().out)["report"]
     assert {"test", "phones", "typos_1"} <= {split["name"] for split in measured["splits"]}, measured["splits"]
