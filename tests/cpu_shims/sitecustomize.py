@@ -1,9 +1,12 @@
 """Makes Accelerate's FSDP2 and DeepSpeed run on CPU processes; Python imports this at start when it is on PYTHONPATH.
 
 For tests only. The real launcher files then start real FSDP2 and ZeRO on a machine without a GPU, over gloo. Each patch
-waits for its library to be imported, so that a process which uses none of them stays as it is.
+waits for its library to be imported, so that a process which uses none of them stays as it is. And it spares the
+processes' time: what the imports make is never garbage, and is not searched for it again and again.
 """
 
+import atexit
+import gc
 import os
 from types import ModuleType
 
@@ -39,6 +42,14 @@ def no_compiled_ops(deepspeed: ModuleType) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def imports_are_no_garbage(_: ModuleType) -> None:
+    """A Trainer collects garbage after each run, which takes longer than a tiny run itself if all modules take part."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # extensions that look for leaks at the end would take it all for such
+
+
+gc.set_threshold(50_000)
+wrapt.register_post_import_hook(imports_are_no_garbage, "transformers.trainer")
 wrapt.register_post_import_hook(fsdp_on_cpu, "accelerate.state")
 wrapt.register_post_import_hook(bf16_on_cpu, "transformers.training_args")
 wrapt.register_post_import_hook(no_compiled_ops, "deepspeed")
