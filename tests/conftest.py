@@ -118,8 +118,10 @@ STOOD_FOR = {
     "test_doctor.py::test_a_recipe_is_looked_at_with_its_data": ("",),
     "test_export.py::test_the_weights_equal": ("[zero2-full]",),
     "test_foreign_scripts.py::test_a_script_under_accelerate_launch": ("",),
+    "test_kill.py": ("[ddp-tam-save4]",),  # test_checkpoints.py goes on behind torn checkpoints, too
     "test_launch.py::test_an_error_in_the_processes": ("",),
     "test_launch.py::test_two_processes_with_a_sharded_model": ("[zero3-", "[fsdp2-"),
+    "test_names.py::test_order_of_imports": ("[import hf_momentum, transformers]",),
     "test_reduced_gradients.py": ("[ZeRO-2-",),
     "test_resume.py::test_an_exported_run_with_state_in_eight_bits": ("[zero3-",),
     "test_resume.py::test_a_resumed_run_ends_bit_for_bit": ("[zero3-ahb_adamw]", "[zero3-tam-int8]"),
