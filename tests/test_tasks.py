@@ -25,6 +25,7 @@ from hf_momentum.cli import main
 from hf_momentum.errors import InputError
 from hf_momentum.optim import TAM, AdaTAMW
 from hf_momentum.training import MomentumTrainingArguments, job, load_recipe
+from hf_momentum.training.evaluate import Settings, evaluate, load_suite
 from hf_momentum.training.evaluated import load_evaluated
 from hf_momentum.training.hub_contents import gather
 from hf_momentum.training.tokenizer import byte_tokenizer
@@ -257,6 +258,29 @@ def test_a_recipe_of_pictures_learns_and_names_its_classes(seeing, digits, tmp_p
     assert model.config.id2label[7] == "digit 7"
     assert {"model.safetensors", "preprocessor_config.json", "recipe.yaml", "README.md"} <= _pushed(tmp_path)
     assert "type: image-classification" in (tmp_path / "README.md").read_text()
+
+
+def test_a_suite_of_pictures_is_evaluated_in_training_as_the_command_does(seeing, digits, tmp_path):
+    path = tmp_path / "digits.yaml"
+    splits = f"""
+      pictures: {{role: in_distribution, source: "{digits}@train[150:]"}}
+      faint:    {{role: shifted, of: pictures, corruption: contrast, severities: [1, 5]}}
+    """
+    path.write_text(f"task: image_classification\nimage_column: img\nsplits:{splits}")
+    fields = {"evaluation_suite": path, "eval_strategy": "steps", "eval_steps": 40, "max_steps": 40, "optim": "vradam"}
+    words = _words("image_classification", seeing, digits, tmp_path / "out", image_column="img", **fields)
+    trainer = job.prepare(
+        load_recipe(None, [*words, "--learning_rate=0.005", "--per_device_train_batch_size=16"])
+    ).trainer
+    trainer.train()
+    trainer.save_model()
+    logged = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
+    found = evaluate(load_suite(str(path)), Settings(str(tmp_path / "out"), device="cpu")).values()
+    assert set(found) == {"pictures", "faint_1", "faint_5"}
+    for name, metrics in found.items():
+        assert logged[f"eval_{name}_accuracy"] == pytest.approx(metrics["accuracy"])
+        assert logged[f"eval_{name}_nll"] == pytest.approx(metrics["loss"], rel=1e-4)
+    assert found["faint_5"]["loss"] != pytest.approx(found["pictures"]["loss"], rel=1e-2)
 
 
 def test_adapters_of_a_picture_model_bring_their_head(seeing, digits, tmp_path):

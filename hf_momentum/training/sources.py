@@ -1,6 +1,6 @@
 """From `SOURCE@SPLIT` to examples that a Trainer takes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -271,17 +271,8 @@ class Loader:
         return self._mapped(rows, encode, source)
 
     def _pictured(self, rows: datasets.Dataset, source: str) -> datasets.Dataset:
-        """Pictures, read and scaled when they are needed."""
-        processor, mode, index = self.processor, self.picture_mode, self._places(rows, source)
-        column, label = self.data.image_column, self.data.label_column
-        if not isinstance(rows.features[column], datasets.Image):
-            rows = rows.cast_column(column, datasets.Image())  # paths and bytes are pictures, too
-
-        def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-            pictures = processor(images=[picture.convert(mode) for picture in batch[column]], return_tensors="pt")
-            return {"pixel_values": list(pictures["pixel_values"]), "labels": [index[name] for name in batch[label]]}
-
-        return rows.select_columns([column, label]).with_transform(encode)
+        columns, index = (self.data.image_column, self.data.label_column), self._places(rows, source)
+        return as_pixels(rows, *columns, index, self.processor, self.picture_mode)
 
     def _places(self, rows: datasets.Dataset, source: str) -> dict[Any, int]:
         """The number of the model's output for each class."""
@@ -294,3 +285,31 @@ class Loader:
     def _mapped(rows: datasets.Dataset, function: Any, source: str) -> datasets.Dataset:
         name = Path(source.partition("@")[0]).name
         return rows.map(function, batched=True, remove_columns=rows.column_names, desc=f"tokenizing {name}")
+
+
+def as_pixels(
+    rows: datasets.Dataset,
+    image_column: str,
+    label_column: str,
+    index: Mapping[Any, int],
+    processor: Any,
+    mode: str = "RGB",
+) -> datasets.Dataset:
+    """Pictures and classes as a Trainer takes them: `pixel_values` and `labels`, made when they are read.
+
+    Args:
+        rows: with pictures, or their paths or bytes.
+        image_column: what holds the picture.
+        label_column: what holds the class.
+        index: the number of the model's output for each class.
+        processor: the image processor, which scales them.
+        mode: what they are converted to before.
+    """
+    if not isinstance(rows.features[image_column], datasets.Image):
+        rows = rows.cast_column(image_column, datasets.Image())  # paths and bytes are pictures, too
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        pictures = processor(images=[picture.convert(mode) for picture in batch[image_column]], return_tensors="pt")
+        return {"pixel_values": list(pictures["pixel_values"]), "labels": [index[name] for name in batch[label_column]]}
+
+    return rows.select_columns([image_column, label_column]).with_transform(encode)
