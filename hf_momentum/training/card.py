@@ -168,11 +168,12 @@ def _method(optimizer: str | None, recipe: Mapping[str, Any]) -> list[str]:
         return []
     if optimizer not in OPTIMIZERS:
         return [f"Trained with `{optimizer}` by hf-momentum.", ""]
-    spec, lines = OPTIMIZERS[optimizer], []
-    paper, *others = papers(optimizer, recipe)
-    lines.append(f"Trained with **{spec.cls.__name__}** ({spec.source}) by hf-momentum. {spec.summary}")
-    lines.append(f"The method is that of [{paper.title}]({paper.url}).")
-    lines += [f"Besides: [{other.title}]({other.url})." for other in others]
+    spec = OPTIMIZERS[optimizer]
+    source = f" ({spec.source})" if spec.source else ""
+    lines = [f"Trained with **{spec.cls.__name__}**{source} by hf-momentum. {spec.summary}"]
+    for paper in papers(optimizer, recipe):
+        begins = "The method is that of" if spec.source == f"arXiv {paper.arxiv}" else "Besides:"
+        lines.append(f"{begins} [{paper.title}]({paper.url}).")
     return ["\n".join(lines), ""]
 
 
