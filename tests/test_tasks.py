@@ -345,6 +345,17 @@ def test_data_without_the_columns_of_its_task_are_refused(chatty, tmp_path, task
         job.prepare(load_recipe(None, _words(task, chatty, data, tmp_path)))
 
 
+@pytest.mark.parametrize("which", ["train_dataset", "in_distribution"])
+def test_a_length_that_leaves_no_answer_is_refused(chatty, pairs, tmp_path, which):
+    long = json.loads(Path(pairs).read_text().splitlines()[0])
+    long["prompt"][0]["content"] *= 40
+    data = _write(tmp_path / "long.jsonl", [long] * 4)
+    words = _words("preference", chatty, pairs, tmp_path, max_length=60)
+    changed = f"--{which}={'long=' if which == 'in_distribution' else ''}{data}"
+    with pytest.raises(InputError, match=r"long.jsonl': of no example is there an answer within max_length 60"):
+        job.prepare(load_recipe(None, [*words, changed]))
+
+
 def test_what_trl_refuses_is_one_line(chatty, chats, tmp_path):
     with pytest.raises(InputError, match="<nowhere>") as error:
         job.prepare(load_recipe(None, _words("chat", chatty, chats, tmp_path, eos_token="<nowhere>")))

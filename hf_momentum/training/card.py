@@ -168,12 +168,11 @@ def _method(optimizer: str | None, recipe: Mapping[str, Any]) -> list[str]:
         return []
     if optimizer not in OPTIMIZERS:
         return [f"Trained with `{optimizer}` by hf-momentum.", ""]
-    spec = OPTIMIZERS[optimizer]
-    source = f" ({spec.source})" if spec.source else ""
-    lines = [f"Trained with **{spec.cls.__name__}**{source} by hf-momentum. {spec.summary}"]
-    for paper in papers(optimizer, recipe):
-        begins = "The method is that of" if spec.source == f"arXiv {paper.arxiv}" else "Besides:"
-        lines.append(f"{begins} [{paper.title}]({paper.url}).")
+    spec, lines = OPTIMIZERS[optimizer], []
+    own = papers(optimizer, {})
+    lines.append(f"Trained with **{spec.cls.__name__}** ({spec.source}) by hf-momentum. {spec.summary}")
+    lines += [f"The method is that of [{paper.title}]({paper.url})." for paper in own]
+    lines += [f"Besides: [{paper.title}]({paper.url})." for paper in papers(optimizer, recipe) if paper not in own]
     return ["\n".join(lines), ""]
 
 

@@ -123,7 +123,7 @@ def prepare(recipe: Recipe) -> Prepared:
     set_seed(training.seed)
 
     base = load_base(recipe.model, data, training)
-    seed = training.data_seed or training.seed
+    seed = training.seed if training.data_seed is None else training.data_seed
     loader = Loader(recipe.model.task, data, base.processor, seed, base.picture_mode)
     train_split, validation, splits = loader.training(), loader.validation(), loader.evaluation()
     auxiliaries = loader.auxiliaries(recipe.bloop.aux_dataset, recipe.bloop.max_aux_examples)
@@ -139,6 +139,9 @@ def prepare(recipe: Recipe) -> Prepared:
     if recipe.model.task in TRL_TASKS:
         trainer = _trl_trainer(recipe, model, auxiliaries, fields)
         splits = [replace(split, examples=trainer.prepare_split(split.examples, split.name)) for split in splits]
+        _check_left(train_split.source, trainer.train_dataset, training)
+        for split in splits:
+            _check_left(split.source, split.examples, training)
         return Prepared(trainer, train_split, splits, base.from_scratch, checkpoint)
     model = with_adapters(model, recipe.model, recipe.peft, checkpointing=_checkpointing(training))
     fields |= _measuring(recipe, base.processor)
@@ -179,6 +182,14 @@ def _trl_trainer(
         raise
     except ValueError as error:  # how TRL refuses
         raise InputError(f"task {recipe.model.task}: {' '.join(str(error).split())}") from error
+
+
+def _check_left(source: str, examples: Any, training: Any) -> None:
+    """TRL drops examples of which `max_length` leaves nothing to learn; here all of them."""
+    if len(examples) == 0:
+        raise InputError(
+            f"dataset {source!r}: of no example is there an answer within max_length {training.max_length}; raise it"
+        )
 
 
 def _two_objectives(recipe: Recipe, auxiliaries: Sequence[Split]) -> dict[str, Any]:

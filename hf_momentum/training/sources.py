@@ -250,7 +250,7 @@ class Loader:
             texts = [str(text) for text in batch[column]]
             for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
                 stream += ids
-                if end is not None:
+                if ids and end is not None:  # an empty row is no document
                     stream.append(end)
             blocks = [stream[start : start + size] for start in range(0, len(stream) - size + 1, size)]
             return {"input_ids": blocks, "labels": blocks}
