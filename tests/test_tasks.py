@@ -345,6 +345,27 @@ def test_data_without_the_columns_of_its_task_are_refused(chatty, tmp_path, task
         job.prepare(load_recipe(None, _words(task, chatty, data, tmp_path)))
 
 
+TURN = {"role": "user", "content": "a?"}
+
+
+@pytest.mark.parametrize("which", ["train_dataset", "in_distribution"])
+@pytest.mark.parametrize(
+    ("task", "row", "says"),
+    [
+        ("chat", {"messages": "hello"}, "column 'messages' has to hold a list of {role, content}, got 'hello'"),
+        ("chat", {"messages": [TURN]}, "at least one example has no assistant tokens"),
+        ("preference", {"prompt": "q", "chosen": ["x"], "rejected": ["y"]}, "'chosen' has to hold a text or a list"),
+    ],
+)
+def test_rows_that_trl_cannot_take_are_one_line(chatty, chats, pairs, tmp_path, which, task, row, says):
+    data = _write(tmp_path / "rows.jsonl", [row] * 4)
+    more = {"assistant_only_loss": True} if task == "chat" else {}
+    words = _words(task, chatty, chats if task == "chat" else pairs, tmp_path, **more)
+    with pytest.raises(InputError, match=says.replace("(", r"\(")) as error:
+        job.prepare(load_recipe(None, [*words, f"--{which}={'rows=' if which == 'in_distribution' else ''}{data}"]))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("which", ["train_dataset", "in_distribution"])
 def test_a_length_that_leaves_no_answer_is_refused(chatty, pairs, tmp_path, which):
     long = json.loads(Path(pairs).read_text().splitlines()[0])

@@ -138,10 +138,8 @@ def prepare(recipe: Recipe) -> Prepared:
     }
     if recipe.model.task in TRL_TASKS:
         trainer = _trl_trainer(recipe, model, auxiliaries, fields)
-        splits = [replace(split, examples=trainer.prepare_split(split.examples, split.name)) for split in splits]
         _check_left(train_split.source, trainer.train_dataset, training)
-        for split in splits:
-            _check_left(split.source, split.examples, training)
+        splits = [_tokenized(trainer, split) for split in splits]
         return Prepared(trainer, train_split, splits, base.from_scratch, checkpoint)
     model = with_adapters(model, recipe.model, recipe.peft, checkpointing=_checkpointing(training))
     fields |= _measuring(recipe, base.processor)
@@ -176,12 +174,17 @@ def _trl_trainer(
     if auxiliaries or recipe.bloop.aux_loss is not None:
         cls = bloop_trl.BloopSFTTrainer if chat else bloop_trl.BloopDPOTrainer
         given |= _two_objectives(recipe, auxiliaries)
-    try:
+    with trl_trainers.refusals(f"task {recipe.model.task}"):
         return cls(model, **given)
-    except InputError:
-        raise
-    except ValueError as error:  # how TRL refuses
-        raise InputError(f"task {recipe.model.task}: {' '.join(str(error).split())}") from error
+
+
+def _tokenized(trainer: Any, split: Split) -> Split:
+    from hf_momentum.training import trl_trainers
+
+    with trl_trainers.refusals(f"dataset {split.source!r}"):
+        made = replace(split, examples=trainer.prepare_split(split.examples, split.name))
+    _check_left(split.source, made.examples, trainer.args)
+    return made
 
 
 def _check_left(source: str, examples: Any, training: Any) -> None:

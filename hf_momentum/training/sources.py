@@ -207,6 +207,9 @@ class Loader:
                 raise InputError(
                     f"dataset {source!r} has none of the columns that {self.task} takes: {ways}; it has {there}"
                 )
+            if len(rows) == 0:
+                raise InputError(f"dataset {source!r} is empty")
+            _check_turns(source, self.task, rows[0])
             return rows
         which = "image_column" if self.task == "image_classification" else "text_column"
         wanted = [getattr(self.data, which), *([self.data.label_column] if self._classifies else [])]
@@ -285,6 +288,22 @@ class Loader:
     def _mapped(rows: datasets.Dataset, function: Any, source: str) -> datasets.Dataset:
         name = Path(source.partition("@")[0]).name
         return rows.map(function, batched=True, remove_columns=rows.column_names, desc=f"tokenizing {name}")
+
+
+def _check_turns(source: str, task: str, row: Mapping[str, Any]) -> None:
+    """Refuse a first row that TRL would not understand, or would take for something else."""
+    turns, texts = {
+        "chat": (("messages", "conversations"), ("prompt", "completion")),
+        "preference": ((), ("prompt", "chosen", "rejected")),
+    }[task]
+    for column in (*turns, *texts):
+        value = row.get(column)
+        listed = isinstance(value, list) and all(isinstance(turn, dict) for turn in value)
+        if value is not None and not listed and not (isinstance(value, str) and column in texts):
+            what = "a text or a list" if column in texts else "a list"
+            raise InputError(
+                f"dataset {source!r}: column {column!r} has to hold {what} of {{role, content}}, got {value!r:.60}"
+            )
 
 
 def as_pixels(
