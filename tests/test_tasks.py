@@ -202,6 +202,18 @@ def test_a_preference_is_measured_by_both_answers(chatty, pairs, tmp_path):
         assert np.allclose(row, [*sums, 1, sums[0] < sums[2]], rtol=1e-5), number
 
 
+def test_a_prompt_that_stands_in_both_conversations_is_taken_once(chatty, pairs, tmp_path):
+    """As in the alignment handbook's data: a text in `prompt`, and conversations that begin with it."""
+    rows = [json.loads(line) for line in Path(pairs).read_text().splitlines()]
+    both = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in rows]
+    told = [{"prompt": row["prompt"][0]["content"], **two} for row, two in zip(rows, both, strict=True)]
+    found = []
+    for data in (pairs, _write(tmp_path / "told.jsonl", told)):
+        prepared = job.prepare(load_recipe(None, _words("preference", chatty, data, tmp_path)))
+        found.append(job.measure(prepared.trainer, prepared.splits[0], "before"))
+    assert np.array_equal(*found)
+
+
 def test_a_preference_recipe_trains_and_reports(chatty, pairs, tmp_path):
     words = _words("preference", chatty, pairs, tmp_path, lora=True, learning_rate=0.01)
     assert main(["train", *words]) == 0
@@ -345,7 +357,7 @@ def test_data_without_the_columns_of_its_task_are_refused(chatty, tmp_path, task
         job.prepare(load_recipe(None, _words(task, chatty, data, tmp_path)))
 
 
-TURN = {"role": "user", "content": "a?"}
+TURN, ANSWER = {"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}
 
 
 @pytest.mark.parametrize("which", ["train_dataset", "in_distribution"])
@@ -355,6 +367,7 @@ TURN = {"role": "user", "content": "a?"}
         ("chat", {"messages": "hello"}, "column 'messages' has to hold a list of {role, content}, got 'hello'"),
         ("chat", {"messages": [TURN]}, "at least one example has no assistant tokens"),
         ("preference", {"prompt": "q", "chosen": ["x"], "rejected": ["y"]}, "'chosen' has to hold a text or a list"),
+        ("preference", {"prompt": "q", "chosen": [ANSWER], "rejected": [ANSWER]}, "write the prompt as a list of"),
     ],
 )
 def test_rows_that_trl_cannot_take_are_one_line(chatty, chats, pairs, tmp_path, which, task, row, says):

@@ -210,7 +210,7 @@ class Loader:
             if len(rows) == 0:
                 raise InputError(f"dataset {source!r} is empty")
             _check_turns(source, self.task, rows[0])
-            return rows
+            return _with_one_prompt(source, rows) if self.task == "preference" else rows
         which = "image_column" if self.task == "image_classification" else "text_column"
         wanted = [getattr(self.data, which), *([self.data.label_column] if self._classifies else [])]
         for column in wanted:
@@ -304,6 +304,22 @@ def _check_turns(source: str, task: str, row: Mapping[str, Any]) -> None:
             raise InputError(
                 f"dataset {source!r}: column {column!r} has to hold {what} of {{role, content}}, got {value!r:.60}"
             )
+
+
+def _with_one_prompt(source: str, rows: datasets.Dataset) -> datasets.Dataset:
+    """Without the prompt as text where both conversations begin with it, as in the alignment handbook's data.
+
+    TRL takes the prompt from what they have in common.
+    """
+    first = rows[0]
+    if not (isinstance(first.get("prompt"), str) and isinstance(first["chosen"], list)):
+        return rows
+    if not first["chosen"] or first["chosen"][0].get("role") == "assistant":
+        raise InputError(
+            f"dataset {source!r}: column 'prompt' holds a text and 'chosen' a list that begins with an answer; write "
+            "the prompt as a list of {role, content}, too"
+        )
+    return rows.remove_columns("prompt")
 
 
 def as_pixels(
