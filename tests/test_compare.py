@@ -213,7 +213,7 @@ def test_what_no_run_survives_ends_the_comparison_at_its_first(words, tmp_path):
         (["--select", "bleu"], "--select 'bleu' is not measured"),
         (["--learning_rate=1"], "--learning_rate is set by the comparison; it is tuned"),
         (["--optim_args=gamma=0.9"], "--optim_args is set by the comparison"),
-        (["--validation_dataset="], "learning rates are chosen on validation data"),
+        (["--validation_dataset="], "code.jsonl@train[:90%] --validation_dataset"),
         (["--storage", "nowhere://x"], "storage 'nowhere://x' cannot be opened"),
         (["--jobs", "0"], "jobs must be at least 1, got 0"),
     ],

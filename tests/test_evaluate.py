@@ -248,6 +248,9 @@ def test_a_recipe_evaluates_a_suite_at_every_evaluation_step(tiny, tmp_path):
         text = path.read_text() + "\n          arc: {role: must_not_forget, lm_eval: arc_easy}"
         path.write_text(text)
         job.prepare(load_recipe(None, tiny.words(tmp_path / "other", **fields)))
+    nothing = {**fields, "eval_strategy": "no", "shifted": None, "must_not_forget": None}
+    with pytest.raises(InputError, match="or an evaluation_suite with an eval_strategy"):
+        job.prepare(load_recipe(None, tiny.words(tmp_path / "other", **nothing)))
 
 
 # ---- classifiers -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,10 @@ from transformers import trainer_optimizer
 from transformers.training_args import OptimizerNames
 
 from hf_momentum import InputError, OptimizerSpec, create_optimizer, register
+from hf_momentum.evaluation import Report
 from hf_momentum.integrations import OPTIMIZERS, registry, transformers_hook
+from hf_momentum.training import job, load_recipe
+from hf_momentum.training.card import model_card, papers
 
 ROOT = Path(__file__).parent.parent
 FILES = ROOT / "docs" / "files"
@@ -69,11 +72,19 @@ def test_a_registered_name_is_known_everywhere(forgotten, tmp_path, capsys):
         register(spec())
 
 
-def test_the_card_of_a_run_with_it_names_its_source_and_cites_no_paper_of_ours(forgotten):
-    from hf_momentum.training.card import papers
-
+def test_a_recipe_trains_with_it_and_its_card_names_its_source_and_no_paper_of_ours(forgotten, tiny, tmp_path):
     register(spec())
-    assert papers("plain", {}) == []
+    outcome = job.train(load_recipe(None, tiny.words(tmp_path, optim="plain", optim_args="momentum=0.25")))
+    card = (tmp_path / "README.md").read_text()
+    assert "Trained with **Plain** (nowhere) by hf-momentum. Plain SGD." in card
+    assert "The method is that of" not in card and "bibtex" not in card
+    assert outcome.report.facts["optimizer"].startswith("`plain`: ")
+
+
+def test_the_card_gives_its_method_to_no_paper_that_only_came_besides(forgotten):
+    register(spec())
+    card = model_card(Report("a", "byte", [], [], {}, "aux_loss: l2", "c"), None, False, "plain", [])
+    assert "Besides: [Careful with that Scalpel" in card and "The method is that of" not in card
     assert [paper.arxiv for paper in papers("tam", {})] == ["2412.18790"]
 
 

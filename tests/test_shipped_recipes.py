@@ -31,7 +31,7 @@ from hf_momentum.evaluation import SplitResult
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.integrations.optim_args import parse_optim_args
 from hf_momentum.integrations.what_runs import base_optimizer
-from hf_momentum.training import Recipe, corpus, job, load_recipe
+from hf_momentum.training import Recipe, compare, corpus, job, load_recipe
 from hf_momentum.training.recipe import find_recipe, shipped_folder
 from hf_momentum.training.sources import Source
 from hf_momentum.training.tokenizer import byte_tokenizer
@@ -58,7 +58,6 @@ ROWS: dict[str, dict[str, list[Any]]] = {
     "stanfordnlp/sst2": {"idx": list(range(8)), "sentence": SENTENCES, "label": [0, 1] * 4},
     "Salesforce/wikitext": {"text": SENTENCES * 4},
     "HuggingFaceTB/smoltalk": {"messages": [TURNS] * 8},
-    "HuggingFaceTB/smol-smoltalk": {"messages": [TURNS] * 8, "source": ["here"] * 8},
     "trl-lib/Capybara": {"source": ["here"] * 8, "messages": [TURNS] * 8, "num_turns": [1] * 8},
     "trl-lib/ultrafeedback_binarized": {
         "chosen": [TURNS] * 8,
@@ -204,6 +203,8 @@ class Shelf:
             words.append(f"--scratch_dataset={self.source(given['scratch_dataset'])}")
         else:
             words.append(f"--model_name_or_path={self.model(given['model_name_or_path'], task)}")
+        if "evaluation_suite" in given:  # CIFAR-10's; the corrupted splits are made from this one
+            words.append(f"--evaluation_sources=pictures={self.source('uoft-cs/cifar10@test')}")
         if "chat_template_path" in given:
             words.append(f"--chat_template_path={self.model(given['chat_template_path'], task)}")
         for name in SOURCES:
@@ -342,6 +343,23 @@ def test_what_trl_trains_is_measured_first_under_the_recipes_own_precision(name,
     prepared.trainer.train()
     after = job.measure(prepared.trainer, prepared.splits[0], "after")
     assert before.shape == after.shape and (before[:, 0] != after[:, 0]).any()
+
+
+def test_a_recipe_of_pictures_is_evaluated_under_corruption_while_it_trains(shelf, quick_trainers):
+    path = shipped_folder("recipes") / "resnet-18" / "vision" / "tam_full.yaml"
+    words = [*shelf.words(path), "--eval_strategy=steps", "--eval_steps=2"]
+    trainer = run(path, words)[1]
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    kinds = [f"{kind}_{severity}" for kind in ("noise", "blur", "contrast") for severity in (1, 3, 5)]
+    assert {f"eval_{kind}_accuracy" for kind in ["validation", "pictures", *kinds]} <= logged
+    quiet = job.prepare(load_recipe(str(path), shelf.words(path)))
+    assert isinstance(quiet.trainer.eval_dataset, datasets.Dataset), "validation data alone, which compare tunes on"
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda path: str(path.relative_to(shipped_folder("recipes")))[:-5])
+def test_a_recipe_can_be_compared_as_its_header_says(path, tmp_path):
+    here = ["--use_cpu=true", "--bf16=false"]
+    assert compare.plan(str(path), here, ["adamw_torch", "vradam"], 3, 2, str(tmp_path)).methods
 
 
 FAULTS = {

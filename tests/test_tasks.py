@@ -25,6 +25,7 @@ from hf_momentum.cli import main
 from hf_momentum.errors import InputError
 from hf_momentum.optim import TAM, AdaTAMW
 from hf_momentum.training import MomentumTrainingArguments, job, load_recipe
+from hf_momentum.training.evaluate import Settings, evaluate, load_suite
 from hf_momentum.training.evaluated import load_evaluated
 from hf_momentum.training.hub_contents import gather
 from hf_momentum.training.tokenizer import byte_tokenizer
@@ -201,6 +202,18 @@ def test_a_preference_is_measured_by_both_answers(chatty, pairs, tmp_path):
         assert np.allclose(row, [*sums, 1, sums[0] < sums[2]], rtol=1e-5), number
 
 
+def test_a_prompt_that_stands_in_both_conversations_is_taken_once(chatty, pairs, tmp_path):
+    """As in the alignment handbook's data: a text in `prompt`, and conversations that begin with it."""
+    rows = [json.loads(line) for line in Path(pairs).read_text().splitlines()]
+    both = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in rows]
+    told = [{"prompt": row["prompt"][0]["content"], **two} for row, two in zip(rows, both, strict=True)]
+    found = []
+    for data in (pairs, _write(tmp_path / "told.jsonl", told)):
+        prepared = job.prepare(load_recipe(None, _words("preference", chatty, data, tmp_path)))
+        found.append(job.measure(prepared.trainer, prepared.splits[0], "before"))
+    assert np.array_equal(*found)
+
+
 def test_a_preference_recipe_trains_and_reports(chatty, pairs, tmp_path):
     words = _words("preference", chatty, pairs, tmp_path, lora=True, learning_rate=0.01)
     assert main(["train", *words]) == 0
@@ -257,6 +270,29 @@ def test_a_recipe_of_pictures_learns_and_names_its_classes(seeing, digits, tmp_p
     assert model.config.id2label[7] == "digit 7"
     assert {"model.safetensors", "preprocessor_config.json", "recipe.yaml", "README.md"} <= _pushed(tmp_path)
     assert "type: image-classification" in (tmp_path / "README.md").read_text()
+
+
+def test_a_suite_of_pictures_is_evaluated_in_training_as_the_command_does(seeing, digits, tmp_path):
+    path = tmp_path / "digits.yaml"
+    splits = f"""
+      pictures: {{role: in_distribution, source: "{digits}@train[150:]"}}
+      faint:    {{role: shifted, of: pictures, corruption: contrast, severities: [1, 5]}}
+    """
+    path.write_text(f"task: image_classification\nimage_column: img\nsplits:{splits}")
+    fields = {"evaluation_suite": path, "eval_strategy": "steps", "eval_steps": 40, "max_steps": 40, "optim": "vradam"}
+    words = _words("image_classification", seeing, digits, tmp_path / "out", image_column="img", **fields)
+    trainer = job.prepare(
+        load_recipe(None, [*words, "--learning_rate=0.005", "--per_device_train_batch_size=16"])
+    ).trainer
+    trainer.train()
+    trainer.save_model()
+    logged = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
+    found = evaluate(load_suite(str(path)), Settings(str(tmp_path / "out"), device="cpu")).values()
+    assert set(found) == {"pictures", "faint_1", "faint_5"}
+    for name, metrics in found.items():
+        assert logged[f"eval_{name}_accuracy"] == pytest.approx(metrics["accuracy"])
+        assert logged[f"eval_{name}_nll"] == pytest.approx(metrics["loss"], rel=1e-4)
+    assert found["faint_5"]["loss"] != pytest.approx(found["pictures"]["loss"], rel=1e-2)
 
 
 def test_adapters_of_a_picture_model_bring_their_head(seeing, digits, tmp_path):
@@ -319,6 +355,39 @@ def test_data_without_the_columns_of_its_task_are_refused(chatty, tmp_path, task
     data = _write(tmp_path / "data.jsonl", [{"question": "a", "answer": "b"}] * 20)
     with pytest.raises(InputError, match=f"{says}.*it has question, answer"):
         job.prepare(load_recipe(None, _words(task, chatty, data, tmp_path)))
+
+
+TURN, ANSWER = {"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize("which", ["train_dataset", "in_distribution"])
+@pytest.mark.parametrize(
+    ("task", "row", "says"),
+    [
+        ("chat", {"messages": "hello"}, "column 'messages' has to hold a list of {role, content}, got 'hello'"),
+        ("chat", {"messages": [TURN]}, "at least one example has no assistant tokens"),
+        ("preference", {"prompt": "q", "chosen": ["x"], "rejected": ["y"]}, "'chosen' has to hold a text or a list"),
+        ("preference", {"prompt": "q", "chosen": [ANSWER], "rejected": [ANSWER]}, "write the prompt as a list of"),
+    ],
+)
+def test_rows_that_trl_cannot_take_are_one_line(chatty, chats, pairs, tmp_path, which, task, row, says):
+    data = _write(tmp_path / "rows.jsonl", [row] * 4)
+    more = {"assistant_only_loss": True} if task == "chat" else {}
+    words = _words(task, chatty, chats if task == "chat" else pairs, tmp_path, **more)
+    with pytest.raises(InputError, match=says.replace("(", r"\(")) as error:
+        job.prepare(load_recipe(None, [*words, f"--{which}={'rows=' if which == 'in_distribution' else ''}{data}"]))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("which", ["train_dataset", "in_distribution"])
+def test_a_length_that_leaves_no_answer_is_refused(chatty, pairs, tmp_path, which):
+    long = json.loads(Path(pairs).read_text().splitlines()[0])
+    long["prompt"][0]["content"] *= 40
+    data = _write(tmp_path / "long.jsonl", [long] * 4)
+    words = _words("preference", chatty, pairs, tmp_path, max_length=60)
+    changed = f"--{which}={'long=' if which == 'in_distribution' else ''}{data}"
+    with pytest.raises(InputError, match=r"long.jsonl': of no example is there an answer within max_length 60"):
+        job.prepare(load_recipe(None, [*words, changed]))
 
 
 def test_what_trl_refuses_is_one_line(chatty, chats, tmp_path):

@@ -16,6 +16,8 @@ from hf_momentum.errors import TrainingStopped
 from hf_momentum.evaluation.plots import DYNAMICS
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.training import MomentumTrainer, job, load_recipe
+from hf_momentum.training.arguments import DataArguments
+from hf_momentum.training.sources import Loader
 from tests.conftest import write_rows
 
 
@@ -107,6 +109,25 @@ def test_measured_loss_is_the_models_loss(finished, tiny):
     record = json.loads((finished / "report.json").read_text())
     assert record["splits"][0]["after"]["loss"]["value"] == pytest.approx(loss, rel=1e-5)
     assert record["splits"][0]["examples"] == len(blocks)
+
+
+def test_an_empty_row_is_no_document(tmp_path):
+    """Wikitext has many: each would be an end token to predict."""
+    from hf_momentum.training.tokenizer import byte_tokenizer
+
+    tokenizer = byte_tokenizer(64)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in ("ab", "", "", "cd")])
+    loader = Loader("causal_lm", DataArguments(train_dataset=rows, block_size=6), tokenizer, seed=0)
+    ids = [*tokenizer("ab")["input_ids"], tokenizer.eos_token_id, *tokenizer("cd")["input_ids"], tokenizer.eos_token_id]
+    assert loader.training().examples["input_ids"][:] == [ids]
+
+
+def test_a_data_seed_of_zero_is_one(tiny, tmp_path):
+    def drawn(**seeds):
+        recipe = load_recipe(None, tiny.words(tmp_path, max_train_examples=3, **seeds))
+        return job.prepare(recipe).train_split.examples["input_ids"][:]
+
+    assert drawn(seed=5, data_seed=0) == drawn(seed=0) != drawn(seed=5)
 
 
 def test_the_base_model_is_trained_once_and_kept(tiny, tmp_path, capsys):

@@ -169,10 +169,10 @@ def _method(optimizer: str | None, recipe: Mapping[str, Any]) -> list[str]:
     if optimizer not in OPTIMIZERS:
         return [f"Trained with `{optimizer}` by hf-momentum.", ""]
     spec, lines = OPTIMIZERS[optimizer], []
-    paper, *others = papers(optimizer, recipe)
+    own = papers(optimizer, {})
     lines.append(f"Trained with **{spec.cls.__name__}** ({spec.source}) by hf-momentum. {spec.summary}")
-    lines.append(f"The method is that of [{paper.title}]({paper.url}).")
-    lines += [f"Besides: [{other.title}]({other.url})." for other in others]
+    lines += [f"The method is that of [{paper.title}]({paper.url})." for paper in own]
+    lines += [f"Besides: [{paper.title}]({paper.url})." for paper in papers(optimizer, recipe) if paper not in own]
     return ["\n".join(lines), ""]
 
 

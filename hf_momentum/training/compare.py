@@ -23,6 +23,7 @@ from hf_momentum.integrations.registry import nearest
 from hf_momentum.training.plans import ALONE, check_overrides, digest
 from hf_momentum.training.processes import launched_processes
 from hf_momentum.training.recipe import Recipe, load_recipe
+from hf_momentum.training.sources import Source
 
 BASE = "base model"
 CONTROLS = ("frozen_gate", "matched_lr")
@@ -413,10 +414,11 @@ def plan(
                 f"--{argument} {name!r} is not measured{nearest(name, accepted)}; accepted: {', '.join(accepted)}"
             )
     if recipe.data.validation_dataset is None:
+        source = Source.parse(recipe.data.train_dataset)
+        part = "--train_dataset {0}[:90%] --validation_dataset {0}[90%:]".format(f"{source.place}@{source.split}")
         raise InputError(
             "learning rates are chosen on validation data; name some with validation_dataset, such as a part of the "
-            f"training data: --train_dataset {recipe.data.train_dataset}[:90%] --validation_dataset "
-            f"{recipe.data.train_dataset}[90%:]"
+            + ("training data that is not trained on" if "[" in source.split else f"training data: {part}")
         )
     if not recipe.data.in_distribution:
         raise InputError("the recipe has no split of in_distribution; add in_distribution: [NAME=SOURCE@SPLIT]")

@@ -33,7 +33,7 @@ from hf_momentum.training.bloop import BloopTrainer
 from hf_momentum.training.card import model_card, provenance
 from hf_momentum.training.checkpoints import check_checkpoint, find_checkpoint
 from hf_momentum.training.disk import full_disk_stops
-from hf_momentum.training.models import load_base, load_model, lora_config, with_adapters
+from hf_momentum.training.models import Base, load_base, load_model, lora_config, with_adapters
 from hf_momentum.training.processes import check_launch, layout
 from hf_momentum.training.recipe import Recipe
 from hf_momentum.training.replay import ReplayMixture
@@ -108,12 +108,12 @@ def prepare(recipe: Recipe) -> Prepared:
         check_checkpoint(checkpoint, name, training.world_size, state.distributed_type.value)
     data = recipe.data
     suite = None
-    if data.evaluation_suite is not None:
+    if data.evaluation_suite is not None and training.eval_strategy != "no":  # without, its data are for nothing
         suite = load_suite(data.evaluation_suite, data.evaluation_sources, data.max_eval_examples)
     elif not (data.in_distribution or data.shifted or data.must_not_forget or data.auxiliary):
         raise InputError(
             "name at least one split to evaluate on: in_distribution, shifted, must_not_forget or auxiliary, or an "
-            "evaluation_suite"
+            "evaluation_suite with an eval_strategy"
         )
     check_launch(state)
     _check_saving(training)
@@ -123,7 +123,7 @@ def prepare(recipe: Recipe) -> Prepared:
     set_seed(training.seed)
 
     base = load_base(recipe.model, data, training)
-    seed = training.data_seed or training.seed
+    seed = training.seed if training.data_seed is None else training.data_seed
     loader = Loader(recipe.model.task, data, base.processor, seed, base.picture_mode)
     train_split, validation, splits = loader.training(), loader.validation(), loader.evaluation()
     auxiliaries = loader.auxiliaries(recipe.bloop.aux_dataset, recipe.bloop.max_aux_examples)
@@ -138,12 +138,13 @@ def prepare(recipe: Recipe) -> Prepared:
     }
     if recipe.model.task in TRL_TASKS:
         trainer = _trl_trainer(recipe, model, auxiliaries, fields)
-        splits = [replace(split, examples=trainer.prepare_split(split.examples, split.name)) for split in splits]
+        _check_left(train_split.source, trainer.train_dataset, training)
+        splits = [_tokenized(trainer, split) for split in splits]
         return Prepared(trainer, train_split, splits, base.from_scratch, checkpoint)
     model = with_adapters(model, recipe.model, recipe.peft, checkpointing=_checkpointing(training))
     fields |= _measuring(recipe, base.processor)
     if suite is not None:
-        fields |= _evaluated(suite, recipe, base.processor, loader.class_names, validation)
+        fields |= _evaluated(suite, recipe, base, loader.class_names, validation)
     if recipe.bloop.surgery == "replay" and auxiliaries:
         # Mixed as the weighted sum of losses would be, in expectation and up to its scale.
         share = recipe.bloop.lam[0] / (1 + recipe.bloop.lam[0])
@@ -173,12 +174,25 @@ def _trl_trainer(
     if auxiliaries or recipe.bloop.aux_loss is not None:
         cls = bloop_trl.BloopSFTTrainer if chat else bloop_trl.BloopDPOTrainer
         given |= _two_objectives(recipe, auxiliaries)
-    try:
+    with trl_trainers.refusals(f"task {recipe.model.task}"):
         return cls(model, **given)
-    except InputError:
-        raise
-    except ValueError as error:  # how TRL refuses
-        raise InputError(f"task {recipe.model.task}: {' '.join(str(error).split())}") from error
+
+
+def _tokenized(trainer: Any, split: Split) -> Split:
+    from hf_momentum.training import trl_trainers
+
+    with trl_trainers.refusals(f"dataset {split.source!r}"):
+        made = replace(split, examples=trainer.prepare_split(split.examples, split.name))
+    _check_left(split.source, made.examples, trainer.args)
+    return made
+
+
+def _check_left(source: str, examples: Any, training: Any) -> None:
+    """TRL drops examples of which `max_length` leaves nothing to learn; here all of them."""
+    if len(examples) == 0:
+        raise InputError(
+            f"dataset {source!r}: of no example is there an answer within max_length {training.max_length}; raise it"
+        )
 
 
 def _two_objectives(recipe: Recipe, auxiliaries: Sequence[Split]) -> dict[str, Any]:
@@ -266,14 +280,14 @@ def train(recipe: Recipe) -> Outcome:
 
 
 def _evaluated(
-    suite: Suite, recipe: Recipe, tokenizer: Any, outputs: Sequence[str], validation: Split | None
+    suite: Suite, recipe: Recipe, base: Base, outputs: Sequence[str], validation: Split | None
 ) -> dict[str, Any]:
     """What the trainer is given to evaluate a suite's splits, beside the validation data if there are any."""
-    splits = suite_datasets(suite, tokenizer, outputs, recipe.data.block_size)
     if suite.splits[0].task != recipe.model.task:
         raise InputError(
             f"evaluation_suite {suite.name} is for {suite.splits[0].task}, and the recipe's task is {recipe.model.task}"
         )
+    splits = suite_datasets(suite, base.processor, outputs, recipe.data.block_size, base.picture_mode)
     metrics, counted = suite_metrics(suite, len(outputs))
     return {
         "eval_dataset": splits if validation is None else {"validation": validation.examples, **splits},

@@ -1,6 +1,6 @@
 """From `SOURCE@SPLIT` to examples that a Trainer takes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,7 +207,10 @@ class Loader:
                 raise InputError(
                     f"dataset {source!r} has none of the columns that {self.task} takes: {ways}; it has {there}"
                 )
-            return rows
+            if len(rows) == 0:
+                raise InputError(f"dataset {source!r} is empty")
+            _check_turns(source, self.task, rows[0])
+            return _with_one_prompt(source, rows) if self.task == "preference" else rows
         which = "image_column" if self.task == "image_classification" else "text_column"
         wanted = [getattr(self.data, which), *([self.data.label_column] if self._classifies else [])]
         for column in wanted:
@@ -250,7 +253,7 @@ class Loader:
             texts = [str(text) for text in batch[column]]
             for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
                 stream += ids
-                if end is not None:
+                if ids and end is not None:  # an empty row is no document
                     stream.append(end)
             blocks = [stream[start : start + size] for start in range(0, len(stream) - size + 1, size)]
             return {"input_ids": blocks, "labels": blocks}
@@ -271,17 +274,8 @@ class Loader:
         return self._mapped(rows, encode, source)
 
     def _pictured(self, rows: datasets.Dataset, source: str) -> datasets.Dataset:
-        """Pictures, read and scaled when they are needed."""
-        processor, mode, index = self.processor, self.picture_mode, self._places(rows, source)
-        column, label = self.data.image_column, self.data.label_column
-        if not isinstance(rows.features[column], datasets.Image):
-            rows = rows.cast_column(column, datasets.Image())  # paths and bytes are pictures, too
-
-        def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-            pictures = processor(images=[picture.convert(mode) for picture in batch[column]], return_tensors="pt")
-            return {"pixel_values": list(pictures["pixel_values"]), "labels": [index[name] for name in batch[label]]}
-
-        return rows.select_columns([column, label]).with_transform(encode)
+        columns, index = (self.data.image_column, self.data.label_column), self._places(rows, source)
+        return as_pixels(rows, *columns, index, self.processor, self.picture_mode)
 
     def _places(self, rows: datasets.Dataset, source: str) -> dict[Any, int]:
         """The number of the model's output for each class."""
@@ -294,3 +288,63 @@ class Loader:
     def _mapped(rows: datasets.Dataset, function: Any, source: str) -> datasets.Dataset:
         name = Path(source.partition("@")[0]).name
         return rows.map(function, batched=True, remove_columns=rows.column_names, desc=f"tokenizing {name}")
+
+
+def _check_turns(source: str, task: str, row: Mapping[str, Any]) -> None:
+    """Refuse a first row that TRL would not understand, or would take for something else."""
+    turns, texts = {
+        "chat": (("messages", "conversations"), ("prompt", "completion")),
+        "preference": ((), ("prompt", "chosen", "rejected")),
+    }[task]
+    for column in (*turns, *texts):
+        value = row.get(column)
+        listed = isinstance(value, list) and all(isinstance(turn, dict) for turn in value)
+        if value is not None and not listed and not (isinstance(value, str) and column in texts):
+            what = "a text or a list" if column in texts else "a list"
+            raise InputError(
+                f"dataset {source!r}: column {column!r} has to hold {what} of {{role, content}}, got {value!r:.60}"
+            )
+
+
+def _with_one_prompt(source: str, rows: datasets.Dataset) -> datasets.Dataset:
+    """Without the prompt as text where both conversations begin with it, as in the alignment handbook's data.
+
+    TRL takes the prompt from what they have in common.
+    """
+    first = rows[0]
+    if not (isinstance(first.get("prompt"), str) and isinstance(first["chosen"], list)):
+        return rows
+    if not first["chosen"] or first["chosen"][0].get("role") == "assistant":
+        raise InputError(
+            f"dataset {source!r}: column 'prompt' holds a text and 'chosen' a list that begins with an answer; write "
+            "the prompt as a list of {role, content}, too"
+        )
+    return rows.remove_columns("prompt")
+
+
+def as_pixels(
+    rows: datasets.Dataset,
+    image_column: str,
+    label_column: str,
+    index: Mapping[Any, int],
+    processor: Any,
+    mode: str = "RGB",
+) -> datasets.Dataset:
+    """Pictures and classes as a Trainer takes them: `pixel_values` and `labels`, made when they are read.
+
+    Args:
+        rows: with pictures, or their paths or bytes.
+        image_column: what holds the picture.
+        label_column: what holds the class.
+        index: the number of the model's output for each class.
+        processor: the image processor, which scales them.
+        mode: what they are converted to before.
+    """
+    if not isinstance(rows.features[image_column], datasets.Image):
+        rows = rows.cast_column(image_column, datasets.Image())  # paths and bytes are pictures, too
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        pictures = processor(images=[picture.convert(mode) for picture in batch[image_column]], return_tensors="pt")
+        return {"pixel_values": list(pictures["pixel_values"]), "labels": [index[name] for name in batch[label_column]]}
+
+    return rows.select_columns([image_column, label_column]).with_transform(encode)

@@ -13,24 +13,31 @@ from hf_momentum.evaluation.metrics import causal_lm_statistics
 from hf_momentum.evaluation.scores import classification_rows, scorer
 from hf_momentum.evaluation.suite import Suite, SuiteSplit
 from hf_momentum.training.examples import IGNORED, class_numbers, prefix_of, windows
+from hf_momentum.training.sources import as_pixels
 from hf_momentum.training.suite_rows import load_rows
 
-TASKS = ("causal_lm", "sequence_classification")
+TASKS = ("causal_lm", "sequence_classification", "image_classification")
 
 
 def suite_datasets(
-    suite: Suite, tokenizer: PreTrainedTokenizerBase, outputs: Sequence[str] = (), block_size: int | None = None
+    suite: Suite,
+    tokenizer: Any,
+    outputs: Sequence[str] = (),
+    block_size: int | None = None,
+    picture_mode: str = "RGB",
 ) -> dict[str, datasets.Dataset]:
     """Every split of a suite as a Trainer takes it for `eval_dataset`.
 
     Texts of a language model are cut as `hf-momentum evaluate` cuts them, into windows that predict every token once,
-    and filled up to the longest one of the split, so that any collator stacks them.
+    and filled up to the longest one of the split, so that any collator stacks them. Pictures become pixels when they
+    are read, for which a Trainer needs `remove_unused_columns=False`.
 
     Args:
-        suite: of one task, causal_lm or sequence_classification.
-        tokenizer: the model's.
+        suite: of one task: causal_lm, sequence_classification or image_classification.
+        tokenizer: the model's; for pictures its image processor.
         outputs: what a classifier calls its outputs, in their order.
         block_size: the longest input; also bounded by a split's own block_size and the tokenizer's limit.
+        picture_mode: what pictures are converted to; "L" for a model with one channel.
 
     Raises:
         InputError: a split that a Trainer cannot evaluate, or whose data cannot be used.
@@ -51,6 +58,8 @@ def suite_datasets(
             )
     if suite.splits[0].task == "causal_lm":
         return {split.name: _windowed(split, tokenizer, block_size) for split in suite.splits}
+    if suite.splits[0].task == "image_classification":
+        return {split.name: _pictured(split, tokenizer, outputs, picture_mode) for split in suite.splits}
     return {split.name: _classified(split, tokenizer, outputs, block_size) for split in suite.splits}
 
 
@@ -117,3 +126,9 @@ def _classified(
     texts = [str(text) for text in rows[split.text_column]]
     encoded = tokenizer(texts, truncation=length is not None, max_length=length)
     return datasets.Dataset.from_dict({**encoded, "labels": class_numbers(rows, split, outputs)})
+
+
+def _pictured(split: SuiteSplit, processor: Any, outputs: Sequence[str], mode: str) -> datasets.Dataset:
+    rows = load_rows(split)
+    index = dict(zip(rows[split.label_column], class_numbers(rows, split, outputs), strict=True))
+    return as_pixels(rows, split.image_column, split.label_column, index, processor, mode)

@@ -4,15 +4,19 @@ Chat templates, the loss on answers alone, packing and preference losses are TRL
 is loaded when this module is.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import nn
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from hf_momentum.errors import InputError
 from hf_momentum.evaluation.metrics import causal_lm_statistics, preference_statistics
 from hf_momentum.training.arguments import MomentumTrainingArguments
 from hf_momentum.training.trainer import MomentumMixin
@@ -114,6 +118,29 @@ class MomentumDPOTrainer(MomentumMixin, DPOTrainer):
         inputs, logits = _logits(self, model, inputs)
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         return None, preference_statistics(causal_lm_statistics(logits, labels)), None
+
+
+@contextlib.contextmanager
+def refusals(where: str) -> Iterator[None]:
+    """What TRL and chat templates refuse of settings and data, as one line.
+
+    Example:
+        >>> with refusals("dataset 'a.jsonl'"):
+        ...     raise ValueError("Conversation roles must alternate")
+        Traceback (most recent call last):
+        ...
+        hf_momentum.errors.InputError: dataset 'a.jsonl': Conversation roles must alternate
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TemplateError) as error:
+        raise InputError(f"{where}: {' '.join(str(error).split())}") from error
+    except RuntimeError as error:  # one of them is about data: an example without an answer, under assistant_only_loss
+        if "no assistant tokens" not in str(error):
+            raise
+        raise InputError(f"{where}: {' '.join(str(error).split())}") from error
 
 
 def _logits(trainer: Any, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
