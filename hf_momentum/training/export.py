@@ -29,6 +29,7 @@ from hf_momentum.training.checkpoints import (
     load_deepspeed,
     load_distributed,
     optimizer_files,
+    read_metadata,
     vet_deepspeed,
     write_manifest,
 )
@@ -321,9 +322,7 @@ def optimizer_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _nested(folder: Path) -> dict[str, Any]:
     """The optimizer's state dict out of a distributed folder, whose keys are paths joined by dots."""
-    from torch.distributed.checkpoint import FileSystemReader
-
-    paths: Mapping[str, tuple[Any, ...]] = FileSystemReader(folder).read_metadata().planner_data
+    paths: Mapping[str, tuple[Any, ...]] = read_metadata(folder).planner_data
     state: dict[str, dict[str, Any]] = {}
     groups: dict[int, dict[str, Any]] = {}
     for key, value in load_distributed(folder).items():
