@@ -64,11 +64,12 @@ def checkpoint_card(step: int | None, recipe: Mapping[str, Any], lora: bool) -> 
     """
     optimizer = str(recipe["optim"]) if "optim" in recipe else None
     title = "Model" if step is None else f"Checkpoint after {step} optimizer steps"
-    base = recipe.get("model_name_or_path")
+    base = str(recipe.get("model_name_or_path", "scratch"))
     parts = [*_head(_metadata(recipe, None if base == "scratch" else base, lora, optimizer), title)]
     parts += [*_method(optimizer, recipe), "## Limits", "", _NO_FIGURES, ""]
     if recipe:
-        parts += ["## Training", "", "```yaml", yaml.safe_dump(dict(recipe), sort_keys=False).strip(), "```", ""]
+        told = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=float("inf"))
+        parts += ["## Training", "", "```yaml", told.strip(), "```", ""]
     return "\n".join([*parts, *_citation(optimizer, recipe)])
 
 
@@ -169,10 +170,10 @@ def _method(optimizer: str | None, recipe: Mapping[str, Any]) -> list[str]:
     if optimizer not in OPTIMIZERS:
         return [f"Trained with `{optimizer}` by hf-momentum.", ""]
     spec, lines = OPTIMIZERS[optimizer], []
-    paper, *others = papers(optimizer, recipe)
+    own = papers(optimizer, {})
     lines.append(f"Trained with **{spec.cls.__name__}** ({spec.source}) by hf-momentum. {spec.summary}")
-    lines.append(f"The method is that of [{paper.title}]({paper.url}).")
-    lines += [f"Besides: [{other.title}]({other.url})." for other in others]
+    lines += [f"The method is that of [{paper.title}]({paper.url})." for paper in own]
+    lines += [f"Besides: [{paper.title}]({paper.url})." for paper in papers(optimizer, recipe) if paper not in own]
     return ["\n".join(lines), ""]
 
 

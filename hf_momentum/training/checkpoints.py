@@ -61,7 +61,8 @@ class Manifest:
         step: optimizer steps taken.
         processes: how many processes saved.
         kind: "plain", "fsdp-full", "fsdp-sharded", "deepspeed" or "weights".
-        files: size in bytes of every file, by its path inside the checkpoint.
+        files: size in bytes of every file, by its path inside the checkpoint; not of `training_args.bin`, a pickle that
+            nothing reads and no push takes along.
     """
 
     format: int
@@ -113,7 +114,7 @@ def write_manifest(checkpoint: str | os.PathLike[str], step: int, processes: int
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).as_posix() != MANIFEST
+        if path.is_file() and path.relative_to(folder).as_posix() not in (MANIFEST, "training_args.bin")
     }
     manifest = Manifest(FORMAT, step, processes, kind_of(folder), files)
     partial = folder / f"{MANIFEST}.partial"
