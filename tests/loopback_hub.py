@@ -90,6 +90,7 @@ class LoopbackHub:
         port: 0 takes a free one.
 
     Attributes:
+        private_by_default: what becomes of a new repository of which nothing is said.
         repos: by "owner/name" (datasets: "datasets/owner/name").
         requests: "METHOD /path" of every request, in order.
         uploads: sha256 to the number of times that the object's bytes arrived whole.
@@ -108,6 +109,7 @@ class LoopbackHub:
     ) -> None:
         self.users = dict(users or {self.token: "me"})
         self.multipart_from = multipart_from
+        self.private_by_default = False
         self.repos: dict[str, Repo] = {}
         self.requests: list[str] = []
         self.uploads: Counter[str] = Counter()
@@ -348,7 +350,8 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server_hub._lock:
             if f"{prefix}{name}" in self.server_hub.repos:
                 return self._send(409, {"error": "You already created this repo", "url": url})
-            private = asked.get("visibility") == "private" or bool(asked.get("private"))
+            wish = asked.get("visibility") or ("private" if asked.get("private") else None)
+            private = self.server_hub.private_by_default if wish is None else wish == "private"
             self.server_hub.add_repo(name, private, kind)
         return self._send(200, {"url": url, "name": name})
 
@@ -358,6 +361,10 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in sorted(files)]
         content = {"_id": number[:24], "id": repo, "modelId": repo, "author": repo.split("/")[0], "sha": number}
         self._send(200, content | {"private": found.private, "siblings": siblings, "tags": [], "downloads": 0})
+
+    def may_write(self, _: bytes, kind: str, repo: str) -> None:
+        self._repo(_TYPES[kind], repo, write=True)
+        self._send(200, {})
 
     def refs(self, _: bytes, kind: str, repo: str) -> None:
         found = self._repo(_TYPES[kind], repo)
@@ -539,6 +546,7 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", r"/api/validate-yaml", _Handler.validate),
     ("GET", _API, _Handler.info),
     ("GET", _API + r"/revision/(?P<revision>[^/]+)", _Handler.info),
+    ("GET", _API + r"/auth-check/write", _Handler.may_write),
     ("GET", _API + r"/refs", _Handler.refs),
     ("POST", _API + r"/branch/(?P<revision>[^/]+)", _Handler.branch),
     ("GET", _API + r"/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", _Handler.tree),

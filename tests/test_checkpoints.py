@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -384,4 +385,29 @@ def test_a_deepspeed_checkpoint_that_would_run_code_is_refused_before_anything_u
             use()
     assert not marker.exists()
     torch.load(deepspeed_files(checkpoint)[0], weights_only=False)  # what was refused would have run
+    assert marker.exists()
+
+
+def test_shards_that_would_run_code_are_refused_before_anything_unpickles_them(sharded, tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    marker = tmp_path / "was here"
+    assert read_weights(sharded).keys() == {"a.weight", "b.bias"}
+    optimizer, table = sharded / "optimizer_0", sharded / "pytorch_model_fsdp_0" / ".metadata"
+    shutil.rmtree(optimizer)  # an entry beside the tensors
+    groups = [{"lr": 0.1, "algorithm": "TAM", "params": ["a.weight"], "extra": _Runs(marker)}]
+    dcp.save({"optimizer": {"state": {}, "param_groups": groups}}, checkpoint_id=optimizer, no_dist=True)
+    for use in (lambda: load_distributed(optimizer), lambda: check_checkpoint(str(sharded), "tam", 1, "FSDP")):
+        with pytest.raises(InputError, match="might run code"):
+            use()
+    table.write_bytes(pickle.dumps(_Runs(marker)))  # the table itself
+    for use in (
+        lambda: faults(sharded, manifest_needed=False),
+        lambda: check_checkpoint(str(sharded), "tam", 1, "FSDP"),
+        lambda: read_weights(sharded),
+    ):
+        with pytest.raises(InputError, match="might run code"):
+            use()
+    assert not marker.exists()
+    pickle.loads(table.read_bytes())  # what was refused would have run
     assert marker.exists()

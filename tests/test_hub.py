@@ -9,22 +9,28 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, constants, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load, load_file, save_file
 
 from hf_momentum.cli import main
 from hf_momentum.errors import InputError
+from hf_momentum.evaluation import Report
 from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.integrations.papers import paper_of
-from hf_momentum.training import MomentumTrainingArguments
+from hf_momentum.training import MomentumTrainer, MomentumTrainingArguments, card, load_recipe
 from hf_momentum.training.card import papers
+from hf_momentum.training.checkpoints import find_checkpoint
+from hf_momentum.training.export import export
+from hf_momentum.training.hub import before_training
 from hf_momentum.training.hub_contents import gather
+from hf_momentum.training.scrubbing import arguments_json, secret_in
 from tests.loopback_hub import LoopbackHub
 
 SECRET = "hf_recognisable" + "Q" * 20
@@ -122,6 +128,63 @@ def test_no_folder_of_this_machine_is_told(hub, run, tiny):
     assert recipe["train_dataset"] == "code.jsonl" and recipe["output_dir"] == "a run"
 
 
+def test_paths_with_spaces_and_other_letters_are_shortened_too(hub, small, tmp_path):
+    odd = tmp_path / "Jo Mäx" / "数据"
+    folder = shutil.copytree(small, odd / "run")
+    arguments = MomentumTrainingArguments(output_dir=str(folder), use_cpu=True)
+    (folder / "training_args.json").write_text(arguments_json(arguments))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "_name_or_path": str(odd / "my base")}))
+    data = odd / "so long a name that a line of YAML would be folded in its midst" / "x.jsonl"
+    recipe = load_recipe("quickstart", [f"--output_dir={folder}", f"--train_dataset={data}@train"])
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    assert main(["push", str(folder), "me/model"]) == 0
+    files = hub.files("me/model")
+    assert json.loads(files["training_args.json"])["output_dir"] == "run"
+    assert json.loads(files["config.json"])["_name_or_path"] == "my base"
+    assert yaml.safe_load(files["recipe.yaml"])["train_dataset"] == "x.jsonl@train"
+    for path in ("training_args.json", "config.json", "recipe.yaml", "README.md"):
+        assert not [part for part in ("Jo", "xE4", "00e4", "x4", "so long a name") if part.encode() in files[path]], (
+            path
+        )
+
+
+def test_a_card_of_peft_names_no_folder_of_this_machine(hub, adapters):
+    base = json.loads((adapters / "adapter_config.json").read_text())["base_model_name_or_path"]
+    theirs = adapters.with_name("theirs")
+    shutil.copytree(adapters, theirs)
+    tags = [f"base_model:adapter:{base}", "lora"]  # as PEFT 0.21 writes it
+    (theirs / "README.md").write_text(f"---\n{yaml.safe_dump({'base_model': base, 'tags': tags})}---\n\nMine.\n")
+    for words, named in (([], None), (["--base", "me/base"], "me/base")):
+        assert main(["push", str(theirs), "me/adapters", *words]) == 0
+        card = hub.files("me/adapters")["README.md"].decode()
+        told = yaml.safe_load(card.split("---")[1])
+        assert told.get("base_model") == named and told["tags"] == ["lora"] and "Mine." in card
+    shutil.rmtree(theirs)
+
+
+def test_the_results_of_the_card_are_read_by_the_hubs_own_library(hub, run):
+    assert main(["push", str(run), "me/model"]) == 0
+    report = json.loads(hub.files("me/model")["report.json"])
+    card = ModelCard(hub.files("me/model")["README.md"].decode())
+    told = {(one.dataset_config, one.metric_type): one.metric_value for one in card.data.eval_results}
+    expected = {
+        (split["name"], metric): one["value"] for split in report["splits"] for metric, one in split["after"].items()
+    }
+    assert told == pytest.approx(expected, abs=1e-6) and len(told) == len(card.data.eval_results)
+    assert str(ModelCard(str(card))) == str(card)
+
+
+def test_an_optimizer_of_somebody_else_has_a_card_without_a_paper_of_ours(monkeypatch):
+    theirs = replace(OPTIMIZERS["tam"], name="signum", source="arXiv 1802.04434")
+    monkeypatch.setattr(card, "OPTIMIZERS", {**OPTIMIZERS, "signum": theirs})
+    report = Report("Signum", "byte", [], [], {}, "aux_dataset: a=b", "hf-momentum train")
+    text = card.model_card(report, None, False, "signum", [])
+    assert "(arXiv 1802.04434)" in text and "The method is that of" not in text
+    assert "Besides: [Careful with that Scalpel" in text and text.count("@misc{") == 1
+    alone = card.model_card(replace(report, recipe="a: 1"), None, False, "signum", [])
+    assert "(arXiv 1802.04434)" in alone and "## Citation" not in alone
+
+
 def test_the_card_says_what_ran_how_well_and_whom_to_cite(hub, run):
     assert main(["push", str(run), "me/model"]) == 0
     card = hub.files("me/model")["README.md"].decode()
@@ -151,6 +214,17 @@ def test_training_arguments_are_pushed_as_json(hub, run):
     assert not [name for name in told if name.endswith("_token")]
 
 
+def test_what_is_called_a_token_and_is_no_secret_stays(tmp_path):
+    pytest.importorskip("trl")
+    from hf_momentum.training.trl_trainers import MomentumSFTConfig
+
+    config = MomentumSFTConfig(
+        output_dir=str(tmp_path), eos_token="<|end|>", hub_token=SECRET, use_cpu=True, bf16=False
+    )
+    told = json.loads(arguments_json(config))
+    assert told["eos_token"] == "<|end|>" and "hub_token" not in told
+
+
 def test_a_checkpoint_claims_no_figures_of_the_end_of_its_run(hub, run):
     assert main(["push", str(run / "checkpoint-2"), "me/model"]) == 0
     files = hub.files("me/model")
@@ -166,6 +240,19 @@ def test_weights_can_be_pushed_in_fewer_bits(hub, run):
     assert len(files["model.safetensors"]) < 0.6 * (run / "model.safetensors").stat().st_size
     assert json.loads(files["config.json"])["dtype"] == "bfloat16"
     assert [path.name for path in run.parent.iterdir()] == ["a run"]  # nothing of the conversion stays
+
+
+def test_a_conversion_takes_every_template_along_and_no_folder_of_the_users(hub, run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "plots"))
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("additional_chat_templates/tools.jinja", "video_preprocessor_config.json"):
+        (folder / name).write_text("{}")
+    neighbours = [tmp_path / name for name in ("run.push", "model.partial")]
+    for neighbour in neighbours:
+        neighbour.mkdir()
+    assert main(["push", str(folder), "me/model", "--dtype", "bfloat16"]) == 0
+    assert {"additional_chat_templates/tools.jinja", "video_preprocessor_config.json"} <= set(hub.files("me/model"))
+    assert export(folder, tmp_path / "model").is_dir() and all(neighbour.is_dir() for neighbour in neighbours)
 
 
 def test_json_has_the_address(hub, run, capsys):
@@ -302,6 +389,17 @@ def test_a_new_repository_is_as_private_as_asked_for(hub, small, capsys):
     assert "to me/new (private)" in said and "to me/open (public)" in said
 
 
+def test_a_new_repository_follows_its_owners_default_unless_told_otherwise(hub, small):
+    hub.private_by_default = True
+    assert main(["push", str(small), "me/new"]) == 0
+    for told in (False, None):
+        arguments = MomentumTrainingArguments(
+            output_dir="out", use_cpu=True, push_to_hub=True, hub_model_id=f"me/{told}", hub_private_repo=told
+        )
+        assert before_training(arguments).private is told
+    assert [hub.repos[name].private for name in ("me/new", "me/False", "me/None")] == [True, False, True]
+
+
 def test_a_branch_and_a_pull_request(hub, small, capsys):
     assert main(["push", str(small), "me/model", "--revision", "dev"]) == 0
     assert hub.files("me/model") == {} and "config.json" in hub.files("me/model", "dev")
@@ -316,6 +414,17 @@ def test_weights_of_an_earlier_push_do_not_stay_beside_new_ones(hub, small, run,
     assert main(["push", str(run), "me/model"]) == 0
     assert "removed there: model-00001-of-00002.safetensors" in capsys.readouterr().out
     assert [path for path in hub.files("me/model") if path.endswith(".safetensors")] == ["model.safetensors"]
+
+
+def test_no_optimizer_state_of_an_earlier_push_stays_beside_other_weights(hub, run, capsys):
+    assert main(["push", str(run / "checkpoint-2"), "me/model", "--push_optimizer"]) == 0
+    assert main(["push", str(run), "me/model"]) == 0
+    assert "complete.json, optimizer.pt" in capsys.readouterr().out.partition("removed there: ")[2]
+    left = ("complete.json", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth")
+    assert not set(left) & set(hub.files("me/model"))
+    assert main(["push", str(run), "me/model", "--push_optimizer"]) == 0
+    assert main(["push", str(run), "me/model"]) == 0
+    assert "last-checkpoint/optimizer.pt" in hub.files("me/model")  # its weights lie beside it
 
 
 # What goes wrong
@@ -440,6 +549,9 @@ def test_large_objects_go_in_parts(hub, small):
         (lambda folder: (folder / "model-00001-of-00002.safetensors").write_bytes(b"\x10"), "is torn"),
         (lambda folder: (folder / "recipe.yaml").write_text(f"hub_token: {SECRET}\n"), "holds what looks like a token"),
         (lambda folder: (folder / "README.md").write_text("hub_token: of_another\n"), "README.md holds what looks"),
+        (lambda folder: (folder / "README.md").write_text("---\na: [1\n---\n"), "README.md: the card's metadata"),
+        (lambda folder: (folder / "recipe.yaml").write_text("a: [1\n"), "recipe.yaml is not YAML"),
+        (lambda folder: (folder / "recipe.yaml").write_text("- a\n"), "recipe.yaml is not a recipe"),
     ],
 )
 def test_a_folder_that_cannot_be_pushed_is_refused(hub, small, capsys, break_it, expected):
@@ -587,6 +699,45 @@ def test_a_push_that_fails_after_training_loses_nothing(hub, tiny, tmp_path, cap
     assert hub.files("me/run")["report.json"]
 
 
+def test_a_checkpoint_that_transformers_pushed_is_resumed(hub, run, tmp_path):
+    """As `--hub_strategy checkpoint` leaves it; the pickle goes with the push at the end."""
+    HfApi(endpoint=hub.url, token=SECRET).create_repo("me/run")
+    pushed = run / "checkpoint-2"
+    assert (pushed / "training_args.bin").is_file()
+    HfApi(endpoint=hub.url, token=SECRET).upload_folder(
+        repo_id="me/run", folder_path=pushed, path_in_repo="last-checkpoint"
+    )
+    assert main(["push", str(run), "me/run"]) == 0
+    assert "last-checkpoint/training_args.bin" not in hub.files("me/run")
+    got = snapshot_download("me/run", endpoint=hub.url, local_dir=tmp_path / "got")
+    assert find_checkpoint(f"{got}/last-checkpoint", None) == f"{got}/last-checkpoint"
+
+
+def test_no_right_to_write_is_noticed_before_training(hub, tiny, tmp_path, capsys):
+    hub.add_repo("other/model")
+    line = refused(["train", *tiny.words(tmp_path / "out", push_to_hub=True, hub_model_id="other/model")], capsys)
+    assert "403" in line and "nothing was trained yet" in line and not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_does_not_know_the_question_is_pushed_to(hub, small):
+    hub.fail_next("auth-check", status=404)
+    hub.add_repo("me/model")
+    assert main(["push", str(small), "me/model"]) == 0
+
+
+def test_a_trainer_asks_for_its_repository_with_patience(hub, waits, monkeypatch):
+    from transformers.utils import hub as transformers_hub
+
+    monkeypatch.setattr(transformers_hub, "_hf_api", None)
+    hub.fail_next("repos/create", times=2, status=500)
+    arguments = MomentumTrainingArguments(output_dir="out", use_cpu=True, push_to_hub=True, hub_model_id="me/model")
+    MomentumTrainer(torch.nn.Linear(1, 1), arguments)
+    assert "me/model" in hub.repos and waits == [1.0, 2.0]
+    hub.fail_next("repos/create", times=10**6, status=500)
+    with pytest.raises(InputError, match="me/model: the Hub has trouble of its own"):
+        MomentumTrainer(torch.nn.Linear(1, 1), arguments)
+
+
 def test_a_wrong_token_is_noticed_before_training(hub, tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong_and_not_known")
     line = refused(["train", *tiny.words(tmp_path / "out", push_to_hub=True, hub_model_id="me/run")], capsys)
@@ -604,6 +755,13 @@ def test_the_server_takes_no_object_that_differs_from_its_number(hub):
     with pytest.raises((HfHubHTTPError, RuntimeError)):
         api.create_commit("me/model", [addition], commit_message="wrong")
     assert hub.files("me/model") == {} and hub.uploaded_bytes == 0
+
+
+def test_a_token_of_the_stored_login_is_found_in_a_text(monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    (tmp_path / "token").write_text("of-another-server\n")
+    assert secret_in("key: of-another-server") == "of-an..." and secret_in("key: of") is None
 
 
 def test_gather_says_why_there_is_nothing():

@@ -220,6 +220,14 @@ def test_a_preference_recipe_trains_and_reports(chatty, pairs, tmp_path):
     (split,) = json.loads((tmp_path / "report.json").read_text())["splits"]
     assert list(split["after"]) == ["accuracy", "margin", "chosen_loss"]
     assert split["change"]["margin"]["low"] > 0
+    assert f"trl {trl.__version__}" in (tmp_path / "README.md").read_text()
+
+
+def test_adapters_name_a_folder_by_its_whole_path(chatty, pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(chatty.parent)
+    words = _words("preference", chatty.name, pairs, tmp_path, lora=True)
+    model = job.prepare(load_recipe(None, words)).trainer.model
+    assert model.peft_config["default"].base_model_name_or_path == str(chatty)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     made = command_parser("push", HELP)
     made.add_argument("folder", metavar="RUN_OR_CHECKPOINT", help="a folder such as outputs/run")
     made.add_argument("repo_id", metavar="REPO_ID", help="OWNER/NAME, or a NAME of your own")
-    made.add_argument("--private", action="store_true", help="make a new repository private")
+    made.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     made.add_argument("--revision", metavar="BRANCH", help="of the repository, made if it is not there (main)")
     made.add_argument("--push_optimizer", action="store_true", help="also what others need to continue training")
     made.add_argument("--commit_message", metavar="TEXT", help="title of the commit")

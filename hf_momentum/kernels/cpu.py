@@ -109,13 +109,18 @@ def _compiled() -> Path:
 
 
 def _keep_to_ourselves(folder: Path) -> None:
-    """Make the folder, and let nobody else write to it: what lies there is loaded and run."""
+    """Make the folder, and let nobody else write to it: what lies there is loaded and run.
+
+    What was there while others could write to it may be theirs, and is deleted.
+    """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()
     if found.st_uid != os.getuid():
         raise _Unavailable(f"the cache {folder} belongs to another user; set XDG_CACHE_HOME to a folder of your own")
     if found.st_mode & 0o022:
         folder.chmod(0o700)
+        for library in folder.glob("cpu-*.so"):
+            library.unlink()
 
 
 def _output_of(command: list[str]) -> str:

@@ -64,11 +64,12 @@ def checkpoint_card(step: int | None, recipe: Mapping[str, Any], lora: bool) -> 
     """
     optimizer = str(recipe["optim"]) if "optim" in recipe else None
     title = "Model" if step is None else f"Checkpoint after {step} optimizer steps"
-    base = recipe.get("model_name_or_path")
+    base = str(recipe.get("model_name_or_path", "scratch"))
     parts = [*_head(_metadata(recipe, None if base == "scratch" else base, lora, optimizer), title)]
     parts += [*_method(optimizer, recipe), "## Limits", "", _NO_FIGURES, ""]
     if recipe:
-        parts += ["## Training", "", "```yaml", yaml.safe_dump(dict(recipe), sort_keys=False).strip(), "```", ""]
+        told = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=float("inf"))
+        parts += ["## Training", "", "```yaml", told.strip(), "```", ""]
     return "\n".join([*parts, *_citation(optimizer, recipe)])
 
 

@@ -7,6 +7,7 @@ file with its size; a checkpoint is complete when the folder holds all that its 
 import importlib
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -33,6 +34,21 @@ _PICKLED_BY_DEEPSPEED = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
+# What torch's distributed checkpoint pickles into its table `.metadata`, beside data types.
+_PICKLED_IN_METADATA = {
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
+            *("TensorProperties", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
+        )
+    ),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+}
+_DISTRIBUTED = ("pytorch_model_fsdp_0", "optimizer_0")
 _LAUNCHERS = {PLAIN: "one process or DDP", FSDP_FULL: "FSDP2", FSDP_SHARDED: "FSDP2", DEEPSPEED: "DeepSpeed"}
 
 
@@ -165,7 +181,8 @@ def faults(checkpoint: str | os.PathLike[str], manifest_needed: bool = True) -> 
 def _short(folder: Path, name: str, size: int) -> str | None:
     path = folder / name
     if not path.is_file():
-        return f"{name} is missing"
+        # A pickle that nothing reads; `hf-momentum push` takes it out of what transformers has pushed.
+        return None if name == "training_args.bin" else f"{name} is missing"
     found = path.stat().st_size
     return None if found == size else f"{name} has {found} of {size} bytes"
 
@@ -185,7 +202,7 @@ def _structure(folder: Path) -> Iterable[str]:
             yield f"{name} has no end"
         elif path.suffix == ".safetensors":
             yield from _safetensors(path, name)
-    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+    for name in _DISTRIBUTED:
         if (folder / name).is_dir():
             yield from _distributed(folder / name)
     if kind_of(folder) == DEEPSPEED:
@@ -210,14 +227,14 @@ def _safetensors(path: Path, name: str) -> Iterable[str]:
 
 
 def _distributed(folder: Path) -> Iterable[str]:
-    from torch.distributed.checkpoint import FileSystemReader
-
     # Written by the first process after all others have written their part.
     if not (folder / ".metadata").is_file():
         yield f"{folder.name}/.metadata is missing"
         return
     try:
-        stored = FileSystemReader(folder).read_metadata().storage_data
+        stored = read_metadata(folder).storage_data
+    except InputError:
+        raise
     except Exception:  # a pickle that was cut short raises almost anything
         yield f"{folder.name}/.metadata cannot be read"
         return
@@ -385,6 +402,8 @@ def check_checkpoint(
         )
     if kind == DEEPSPEED:
         vet_deepspeed(deepspeed_files(checkpoint))
+    if kind == FSDP_SHARDED:
+        vet_distributed(checkpoint)
     saved = saved_algorithms(checkpoint, kind)
     wanted = {OPTIMIZERS[optimizer].cls.__name__ if optimizer in OPTIMIZERS else None}
     if saved != wanted:
@@ -488,6 +507,47 @@ def _algorithms_in_distributed(folder: Path) -> set[str | None]:
     return set(entries.values()) or {None}
 
 
+class _TableReader(pickle.Unpickler):
+    """Knows the classes of which the table of a distributed checkpoint is made, and no other."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        import torch
+
+        known = (module, name) in _PICKLED_IN_METADATA
+        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise InputError(
+            f"a checkpoint's .metadata names {module}.{name}, which is no part of one: reading it might run code. Do "
+            "not use this checkpoint unless you trust where it comes from"
+        )
+
+
+def read_metadata(folder: Path) -> Any:
+    """The table of a folder that torch's distributed checkpoint wrote, without running code that it may name.
+
+    torch itself unpickles whatever is in it.
+
+    Raises:
+        InputError: it names a function or class that is no part of such a table.
+    """
+    with (folder / ".metadata").open("rb") as stream:
+        return _TableReader(stream).load()
+
+
+def vet_distributed(checkpoint: str | os.PathLike[str]) -> None:
+    """Refuse shards of FSDP that would run code when Accelerate and torch load them.
+
+    Raises:
+        InputError: a table, or an entry that is no tensor, names a function or class.
+    """
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    for folder in (Path(checkpoint) / name for name in _DISTRIBUTED):
+        if folder.is_dir():
+            entries = read_metadata(folder).state_dict_metadata
+            load_distributed(folder, lambda key, held=entries: isinstance(held[key], BytesStorageMetadata))
+
+
 def load_distributed(folder: Path, chosen: Any = None) -> dict[str, Any]:
     """Entries of a folder that torch's distributed checkpoint wrote, whole, in one process without a process group.
 
@@ -497,15 +557,25 @@ def load_distributed(folder: Path, chosen: Any = None) -> dict[str, Any]:
 
     Returns:
         Tensors and other values by their full key, such as `model.lm_head.weight`.
+
+    Raises:
+        InputError: the table, or an entry that is no tensor, names a function or class, so that reading it might run
+            code.
     """
     import torch
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader = FileSystemReader(folder)
+    class Planner(DefaultLoadPlanner):
+        def load_bytes(self, read_item: Any, value: Any) -> None:
+            torch.load(value, weights_only=True)  # raises where the overridden method would run code
+            value.seek(0)
+            super().load_bytes(read_item, value)
+
     wanted: dict[str, Any] = {}
-    for key, entry in reader.read_metadata().state_dict_metadata.items():
+    for key, entry in read_metadata(folder).state_dict_metadata.items():
         if chosen is not None and not chosen(key):
             continue
         if isinstance(entry, TensorStorageMetadata):
@@ -515,7 +585,15 @@ def load_distributed(folder: Path, chosen: Any = None) -> dict[str, Any]:
     if wanted:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what no_dist asks for
-            load(wanted, storage_reader=FileSystemReader(folder), no_dist=True)
+            try:
+                load(wanted, storage_reader=FileSystemReader(folder), planner=Planner(), no_dist=True)
+            except CheckpointException as error:
+                if not any(isinstance(cause, pickle.UnpicklingError) for cause, _ in error.failures.values()):
+                    raise
+                raise InputError(
+                    f"{folder} has an entry that names a function or class, which is no part of a checkpoint: reading "
+                    "it might run code. Do not use this checkpoint unless you trust where it comes from"
+                ) from error
     return wanted
 
 

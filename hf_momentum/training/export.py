@@ -29,6 +29,7 @@ from hf_momentum.training.checkpoints import (
     load_deepspeed,
     load_distributed,
     optimizer_files,
+    read_metadata,
     vet_deepspeed,
     write_manifest,
 )
@@ -39,7 +40,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _DESCRIPTIONS = (
     *("config.json", "generation_config.json", "adapter_config.json", "README.md"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model"),
-    *("chat_template*", "preprocessor_config.json", "processor_config.json", "*.py"),
+    *("chat_template*", "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json"),
+    *("image_processor_config.json", "video_preprocessor_config.json", "*.py"),
 )
 _WRAPPERS = re.compile(r"(^|\.)(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)(?=\.)")
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
@@ -84,7 +86,7 @@ def export(
     if resumable and kind_of(source) == WEIGHTS:
         raise InputError(f"{source} holds no optimizer state; export it without --resumable")
 
-    partial = target.with_name(f"{target.name}.partial")
+    partial = target.with_name(f".{target.name}.hf-momentum-export")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -208,10 +210,12 @@ def _describe(source: Path, target: Path) -> bool:
     above = source.resolve().parent
     for pattern in _DESCRIPTIONS:
         # Code and tokenizer files belong together: those of the run's folder are taken only if the checkpoint has none.
-        found = sorted(source.glob(pattern)) or sorted(above.glob(pattern))
-        for path in found:
+        place = source if any(source.glob(pattern)) else above
+        for path in sorted(place.glob(pattern)):
             if path.is_file() and not path.name.startswith("zero_to_"):
-                shutil.copyfile(path, target / path.name)
+                copy = target / path.relative_to(place)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
     adapter = (target / "adapter_config.json").is_file()
     if not adapter and not (target / "config.json").is_file():
         raise InputError(
@@ -321,9 +325,7 @@ def optimizer_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _nested(folder: Path) -> dict[str, Any]:
     """The optimizer's state dict out of a distributed folder, whose keys are paths joined by dots."""
-    from torch.distributed.checkpoint import FileSystemReader
-
-    paths: Mapping[str, tuple[Any, ...]] = FileSystemReader(folder).read_metadata().planner_data
+    paths: Mapping[str, tuple[Any, ...]] = read_metadata(folder).planner_data
     state: dict[str, dict[str, Any]] = {}
     groups: dict[int, dict[str, Any]] = {}
     for key, value in load_distributed(folder).items():

@@ -17,8 +17,9 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 
 from hf_momentum.errors import InputError
+from hf_momentum.training.checkpoints import MANIFEST
 from hf_momentum.training.hub_client import one_line, patiently, require_token
-from hf_momentum.training.hub_contents import LAST, MODEL, Contents, Item, gather, kind_of_file
+from hf_momentum.training.hub_contents import LAST, MODEL, STATE, Contents, Item, gather, kind_of_file
 from hf_momentum.training.scrubbing import remember_token
 
 
@@ -48,7 +49,7 @@ class Wishes:
 
     folder: str
     repo_id: str
-    private: bool = False
+    private: bool | None = None
     revision: str | None = None
     push_optimizer: bool = False
     commit_message: str | None = None
@@ -99,17 +100,17 @@ def push(wishes: Wishes, say: Callable[[str], None] = print) -> Pushed:
         return Pushed(repo_id, private, _commit(wishes, repo_id, contents, say))
 
 
-def ready(repo_id: str, private: bool = False, exists: bool = False) -> tuple[str, bool]:
+def ready(repo_id: str, private: bool | None = None, exists: bool = False) -> tuple[str, bool]:
     """Make the repository unless it exists, and return its whole name and whether it is private.
 
     Args:
         repo_id: "owner/name", or a name in the namespace of the token's owner.
-        private: whether a new one is to be private; otherwise the Hub's default for the namespace holds.
+        private: whether a new one is to be private; None for the Hub's default for the namespace.
         exists: whether it has to exist, as for a pull request.
 
     Raises:
         InputError: no token, offline, or an existing repository is public and `private` was asked for.
-        HfHubHTTPError: the Hub refused; `hub_client.one_line` has words for it.
+        HfHubHTTPError: no right to write there, or another refusal; `hub_client.one_line` has words for it.
     """
     require_token()
     validate_repo_id(repo_id)
@@ -118,10 +119,12 @@ def ready(repo_id: str, private: bool = False, exists: bool = False) -> tuple[st
         repo_id = f"{patiently(api.whoami)['name']}/{repo_id}"
     found = _visibility(api, repo_id)
     if found is None and not exists:
-        patiently(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
+        patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
         found = _visibility(api, repo_id)
     if found is None:
         raise InputError(f"{repo_id} is not there, or the token may not see it")
+    if not exists:
+        _check_right_to_write(api, repo_id)
     if private and not found:
         raise InputError(
             f"{repo_id} exists and is public, and pushing does not change that. Make it private in its settings on the "
@@ -148,7 +151,7 @@ def before_training(training: TrainingArguments) -> Wishes | None:
     wishes = Wishes(
         folder=str(training.output_dir),
         repo_id=training.hub_model_id or Path(str(training.output_dir)).absolute().name,
-        private=bool(training.hub_private_repo),
+        private=training.hub_private_repo,
         revision=training.hub_revision,
     )
     if training.process_index == 0:
@@ -165,6 +168,14 @@ def _visibility(api: HfApi, repo_id: str) -> bool | None:
         if error.response.status_code == 404:
             return None
         raise
+
+
+def _check_right_to_write(api: HfApi, repo_id: str) -> None:
+    try:
+        patiently(lambda: api.auth_check(repo_id, write=True))
+    except HfHubHTTPError as error:
+        if error.response.status_code != 404:  # a server that does not know the question says it at the commit
+            raise
 
 
 def _commit(wishes: Wishes, repo_id: str, contents: Contents, say: Callable[[str], None]) -> str:
@@ -199,18 +210,23 @@ def _commit(wishes: Wishes, repo_id: str, contents: Contents, say: Callable[[str
 
 
 def _stale(there: Iterable[str], items: Sequence[Item]) -> list[str]:
-    """Weights and pickled arguments of an earlier push that would stand beside, or be loaded in place of, these."""
+    """What of an earlier push would stand beside these files and be loaded in their place or as theirs.
+
+    These are weights and optimizer states in the same folders, and pickled arguments.
+    """
     pushed = {item.path for item in items}
-    old = [path for path in there if "/" not in path and path not in pushed]
-    weights = [path for path in old if kind_of_file(path) == MODEL or path.startswith("pytorch_model")]
+    folders = {Path(item.path).parent for item in items if item.kind in (MODEL, STATE)}
+    old = [Path(path) for path in there if path not in pushed and Path(path).parent in folders]
+    loaded = [path.as_posix() for path in old if kind_of_file(path.name) in (MODEL, STATE)]
+    loaded += [path.as_posix() for path in old if path.name == MANIFEST or path.name.startswith("pytorch_model")]
     pickled = [path for path in there if Path(path).name == "training_args.bin"]
-    return sorted({*weights, *pickled})
+    return sorted({*loaded, *pickled})
 
 
 @contextlib.contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
     """A folder beside the pushed one for what has to be exported first; made only if used, and gone afterwards."""
-    place = folder.resolve().with_name(f"{folder.resolve().name}.push")
+    place = folder.resolve().with_name(f".{folder.resolve().name}.hf-momentum-push")
     shutil.rmtree(place, ignore_errors=True)  # of a push that was killed
     try:
         yield place

@@ -15,7 +15,7 @@ from hf_momentum.errors import InputError
 from hf_momentum.training.card import checkpoint_card, on_hub
 from hf_momentum.training.checkpoints import FORMAT, MANIFEST, PLAIN, WEIGHTS, Manifest, faults, kind_of, last_complete
 from hf_momentum.training.export import export
-from hf_momentum.training.scrubbing import secret_in, without_places
+from hf_momentum.training.scrubbing import places_out, secret_in, without_places
 
 MODEL, TOKENIZER, ARGUMENTS, RECIPE = "model", "tokenizer", "training arguments", "recipe"
 REPORT, PICTURES, CARD, STATE = "report", "pictures", "model card", "optimizer state"
@@ -213,12 +213,28 @@ def _last_checkpoint(run: Path, staging: Path) -> list[Item]:
 
 def _card_of(folder: Path, items: Iterable[Item]) -> str:
     """The card of a checkpoint, or of a folder without one: what its files say, and no figures."""
-    recipe = next((item.content for item in items if item.kind == RECIPE), None)
-    told = yaml.safe_load(_text(recipe)) if recipe is not None else {}
     state = folder / "trainer_state.json"
     step = json.loads(state.read_text(encoding="utf-8"))["global_step"] if state.is_file() else None
     adapter = any(item.path == "adapter_config.json" for item in items)
-    return checkpoint_card(step, told or {}, adapter)
+    return checkpoint_card(step, _recipe_in(items), adapter)
+
+
+def _recipe_in(items: Iterable[Item]) -> dict[str, Any]:
+    """The entries of the recipe; none where there is none.
+
+    Raises:
+        InputError: it is no YAML, or no recipe.
+    """
+    recipe = next((item.content for item in items if item.kind == RECIPE), None)
+    if recipe is None:
+        return {}
+    try:
+        told = yaml.safe_load(_text(recipe)) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{recipe} is not YAML ({' '.join(str(error).split())}); mend it or delete it") from error
+    if not isinstance(told, dict):
+        raise InputError(f"{recipe} is not a recipe: expected lines of `key: value`; mend it or delete it")
+    return told
 
 
 def _text(content: Path | bytes) -> str:
@@ -228,14 +244,12 @@ def _text(content: Path | bytes) -> str:
 def _known_places(folder: Path, items: Iterable[Item]) -> dict[str, str]:
     """Absolute paths that a recipe or a run is known to name; one may hold spaces, which no pattern finds."""
     places = {folder.resolve(), folder.absolute()}
-    for item in items:
-        if item.kind == RECIPE:
-            told = yaml.safe_load(_text(item.content)) or {}
-            words = [word for value in told.values() for word in (value if isinstance(value, list) else [value])]
-            for word in words:
-                place = str(word).partition("=")[2] or str(word)
-                if os.path.isabs(place):
-                    places.add(Path(place.rpartition("@")[0] or place))
+    told = _recipe_in(items)
+    words = [word for value in told.values() for word in (value if isinstance(value, list) else [value])]
+    for word in words:
+        place = str(word).partition("=")[2] or str(word)
+        if os.path.isabs(place):
+            places.add(Path(place.rpartition("@")[0] or place))
     return {str(place): place.name for place in places if len(place.parts) > 2}
 
 
@@ -249,8 +263,18 @@ def _clean(item: Item, known: dict[str, str]) -> Item:
     if secret is not None:
         where = item.content if isinstance(item.content, Path) else name
         raise InputError(f"{where} holds what looks like a token ({secret}); delete it there, and revoke the token")
-    cleaned = without_places(text, known)
+    cleaned = _cleaned_json(text, known) if name.endswith(".json") else without_places(text, known)
     return item if cleaned == text else Item(item.kind, item.path, cleaned.encode())
+
+
+def _cleaned_json(text: str, known: dict[str, str]) -> str:
+    """By its values, since its text may write letters as escapes."""
+    try:
+        told = json.loads(text)
+    except ValueError:
+        return without_places(text, known)
+    shortened = places_out(told, known)
+    return text if shortened == told else json.dumps(shortened, indent=2, ensure_ascii=False) + "\n"
 
 
 def _with_base(items: list[Item], base: str | None) -> tuple[list[Item], list[str]]:
@@ -268,12 +292,37 @@ def _with_base(items: list[Item], base: str | None) -> tuple[list[Item], list[st
                     "the adapters sit on a model that lies only on this machine; push that too, and name it here with "
                     "--base OWNER/NAME, or others have to pass a base model of their own"
                 )
-        elif item.kind == CARD and base is not None:
-            card = ModelCard(_text(item.content))
-            card.data["base_model"] = base
-            content = str(card).encode()
+        elif item.kind == CARD:
+            content = _card_with_base(item.content, base)
         changed.append(Item(item.kind, item.path, content))
     return changed, notes
+
+
+def _card_with_base(content: Path | bytes, base: str | None) -> Path | bytes:
+    """The card with the base model as others find it; cards of PEFT name a folder, in the tags too."""
+    text = _text(content)
+    if base is None and not text.startswith("---"):
+        return content  # without metadata
+    try:
+        data = (card := ModelCard(text)).data
+    except (yaml.YAMLError, ValueError) as error:
+        where = f"{content}: " if isinstance(content, Path) else ""
+        raise InputError(
+            f"{where}the card's metadata cannot be read ({' '.join(str(error).split())}); mend it"
+        ) from error
+    named = data.get("base_model")
+    known = base or (named if not isinstance(named, str) else on_hub(named))
+    tags = data.get("tags") or []
+    kept = [tag for tag in tags if not str(tag).startswith("base_model:") or on_hub(str(tag).rpartition(":")[2])]
+    if known == named and kept == tags:
+        return content
+    if known is None:
+        data.pop("base_model")
+    else:
+        data["base_model"] = known
+    if kept != tags:
+        data["tags"] = kept
+    return str(card).encode()
 
 
 def _manifests(items: Iterable[Item]) -> list[Item]:

@@ -384,13 +384,19 @@ def _facts(recipe: Recipe, trainer: Any, train_split: Split, seconds: float) -> 
         + (" in the first process" if args.world_size > 1 else ""),
         "versions": ", ".join(
             f"{name} {importlib.metadata.version(name)}"
-            for name in ("hf-momentum", "torch", "transformers", "accelerate", "peft")
+            for name in ("hf-momentum", "torch", "transformers", "accelerate", "peft", *_also_ran(recipe))
         )
         + f", Python {platform.python_version()}",
     }
     if recipe.data.train_dataset.startswith("stdlib:"):
         facts["corpus"] = f"standard library of Python {platform.python_version()}, fingerprint {corpus.fingerprint()}"
     return facts
+
+
+def _also_ran(recipe: Recipe) -> list[str]:
+    """Packages that train only some runs."""
+    trl = ["trl"] if recipe.model.task in TRL_TASKS else []
+    return [*trl, *(["deepspeed"] if recipe.training.deepspeed_plugin is not None else [])]
 
 
 def _surgery(recipe: Recipe) -> str:

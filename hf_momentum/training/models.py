@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,11 +68,16 @@ def load_base(model: ModelArguments, data: DataArguments, training: MomentumTrai
         processor = _reaching(model, AutoImageProcessor.from_pretrained, revision=model.model_revision)
         config = _reaching(model, AutoConfig.from_pretrained, revision=model.model_revision)
         mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
-        return Base(model.model_name_or_path, processor, from_scratch=False, picture_mode=mode)
+        return Base(_place(model.model_name_or_path), processor, from_scratch=False, picture_mode=mode)
     tokenizer = _reaching(model, AutoTokenizer.from_pretrained, revision=model.model_revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Base(model.model_name_or_path, tokenizer, from_scratch=False)
+    return Base(_place(model.model_name_or_path), tokenizer, from_scratch=False)
+
+
+def _place(name: str) -> str:
+    """A folder's whole path: adapters name it, and "models/base", seen from elsewhere, could be one on the Hub."""
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
 def load_model(base: Base, model: ModelArguments, classes: Sequence[str]) -> PreTrainedModel:

@@ -68,7 +68,8 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe as flat YAML, overrides included."""
-        return yaml.dump(self.given, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
+        # Whole lines: a path with spaces that was folded would not be known again.
+        return yaml.dump(self.given, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=float("inf"))
 
 
 class _PlainDumper(yaml.SafeDumper):

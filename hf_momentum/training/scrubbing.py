@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import get_token
 from transformers import TrainingArguments
 
 # An absolute path in text: not part of a word, an address or a relative path, up to what ends a word.
-_ABSOLUTE = re.compile(r"(?<![\w:/.~\\-])/(?:[\w.+@%-]+/)*[\w.+%-]+/?")
+_ABSOLUTE = re.compile(r"(?<![\w/.~\\-])/(?:[\w.+@%-]+/)*[\w.+%-]+/?")
+_SECRET = ("hub_token", "push_to_hub_token")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b|(?<=hub_token[:=])\w{8,}|(?<=hub_token[:=] )\w{8,}")
 
 
@@ -32,6 +34,25 @@ def without_places(text: str, known: Mapping[str, str] | None = None) -> str:
     return _ABSOLUTE.sub(_last_part, text)
 
 
+def places_out(told: Any, known: Mapping[str, str] | None = None) -> Any:
+    """What `without_places` does to text, for all that JSON holds; an absolute path may have spaces there.
+
+    Example:
+        >>> places_out({"folder": "/usr/my own/run", "steps": 3, "texts": ["a: /usr/b"]})
+        {'folder': 'run', 'steps': 3, 'texts': ['a: b']}
+    """
+    if isinstance(told, dict):
+        return {key: places_out(value, known) for key, value in told.items()}
+    if isinstance(told, list):
+        return [places_out(value, known) for value in told]
+    if not isinstance(told, str):
+        return told
+    parts = Path(told).parts
+    if "\n" not in told and len(parts) > 2 and parts[0] == "/" and Path("/", parts[1]).is_dir():
+        return parts[-1]
+    return without_places(told, known)
+
+
 def _last_part(found: re.Match[str]) -> str:
     parts = found[0].strip("/").split("/")
     here = len(parts) > 1 and Path(f"/{parts[0]}").is_dir()
@@ -45,7 +66,7 @@ def secret_in(text: str) -> str | None:
         >>> secret_in("hf_abcdefghijklmnopqrstuvwxyz"), secret_in("hub_token: mysecret"), secret_in("hf_momentum")
         ('hf_ab...', 'mysec...', None)
     """
-    own = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
+    own = [get_token() or "", *(os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))]
     found = next((token for token in own if len(token) >= 8 and token in text), None)
     if found is None:
         match = _TOKEN.search(text)
@@ -78,6 +99,10 @@ def arguments_json(training: TrainingArguments) -> str:
         ('run', False)
     """
     told: dict[str, Any] = {
-        name: value for name, value in training.to_dict().items() if not name.endswith("_token") and name[:1] != "_"
+        # to_dict has a placeholder for everything called a token, such as the eos_token of TRL.
+        name: getattr(training, name) if name.endswith("_token") else value
+        for name, value in training.to_dict().items()
+        if name not in _SECRET and name[:1] != "_"
     }
-    return without_places(json.dumps(told, indent=2, sort_keys=True, default=str)) + "\n"
+    plain = json.loads(json.dumps(told, default=str))
+    return json.dumps(places_out(plain), indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -37,6 +37,7 @@ from hf_momentum.training.checkpoints import (
     rotate,
     write_manifest,
 )
+from hf_momentum.training.hub_client import one_line, patiently
 from hf_momentum.training.layer_log import LayerGradientLog
 from hf_momentum.training.processes import check_launch
 from hf_momentum.training.whole import load_whole
@@ -102,6 +103,16 @@ class MomentumMixin:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             (Path(self.args.output_dir) / "README.md").write_text(self.card, encoding="utf-8")
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Make the repository to push to, as transformers does, but with patience.
+
+        Raises:
+            InputError: the Hub refuses, or cannot be reached.
+        """
+        name = str(self.args.hub_model_id or self.args.output_dir)
+        with one_line(name, "nothing was trained yet; leave --push_to_hub out, or mend it"):
+            patiently(lambda: super(MomentumMixin, self).init_hf_repo(*args, **kwargs))
 
     @property
     def sharded(self) -> bool:
