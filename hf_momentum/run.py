@@ -46,6 +46,8 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _runs_as_module(name: str) -> bool:
+    if not all(part.isidentifier() for part in name.split(".")):  # such as ./train.py
+        return False
     try:
         found = importlib.util.find_spec(name)
         if found is not None and found.submodule_search_locations is not None:
