@@ -102,6 +102,14 @@ class Source:
             ) from error
 
 
+def _as_trl_calls_them(rows: datasets.Dataset) -> datasets.Dataset:
+    """TRL takes `conversations` of {from, value} alone; those of {role, content} it knows as `messages`."""
+    if "conversations" not in rows.column_names or "messages" in rows.column_names or len(rows) == 0:
+        return rows
+    roles = "role" in rows[0]["conversations"][0]
+    return rows.rename_column("conversations", "messages") if roles else rows
+
+
 def _remedy(cause: BaseException) -> str:
     """The next step, for what is often wrong with a file."""
     if isinstance(cause, UnicodeDecodeError):
@@ -218,7 +226,7 @@ class Loader:
                 raise InputError(
                     f"dataset {source!r} has none of the columns that {self.task} takes: {ways}; it has {there}"
                 )
-            return rows
+            return _as_trl_calls_them(rows)
         which = "image_column" if self.task == "image_classification" else "text_column"
         wanted = [getattr(self.data, which), *([self.data.label_column] if self._classifies else [])]
         for column in wanted:
