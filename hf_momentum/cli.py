@@ -4,6 +4,7 @@ import argparse
 import errno
 import importlib
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -106,7 +107,10 @@ def console() -> None:
     """Entry point of the installed command and of `python -m hf_momentum`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning at every data-loader fork
     try:
-        sys.exit(main())
+        try:
+            sys.exit(main())
+        finally:
+            sys.stdout.flush()  # here, where it can be answered for
     except BrokenPipeError:
         if not _nobody_reads():
             raise
@@ -115,9 +119,9 @@ def console() -> None:
 
 def _nobody_reads() -> bool:
     """Whether standard output is a pipe that was closed, as `| head` does; nothing more is then written to it."""
-    try:
-        sys.stdout.flush()  # what could not be written is still to be
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in pipe.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+    return True

@@ -62,7 +62,8 @@ def main() -> None:
     try:
         run(sys.argv[1:])
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
