@@ -1,8 +1,11 @@
 """The command `hf-momentum`: find the command that was typed and call its module in `commands/`."""
 
 import argparse
+import errno
 import importlib
 import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -33,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0, or 2 after one line on standard error for input that cannot be used.
+        The exit status: the command's own, 2 after one line on standard error for input that cannot be used, 130 after
+        an interrupt from the keyboard.
 
     Example:
         >>> main(["optimizers"])
@@ -44,12 +48,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _dispatch(words)
+    except KeyboardInterrupt:
+        return _refuse(words, "interrupted", 128 + signal.SIGINT)
     except (InputError, TrainingStopped) as error:
-        if "--json" in words and words[0] != "run":  # what follows `run` is another program's
-            print_json({"error": str(error), "exit": 2})
-            return 2
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return _refuse(words, str(error), 2)
+    except OSError as error:
+        if error.errno not in _OF_THE_PLACE or error.filename is None:
+            raise
+        why = f"{error.filename}: {error.strerror}; name another place, or check what is there and who may write to it"
+        return _refuse(words, why, 2)
+
+
+# A path that cannot be used as it was meant. A file that is missing is looked for where it is named.
+_OF_THE_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+
+
+def _refuse(words: Sequence[str], why: str, status: int) -> int:
+    if "--json" in words and words[0] != "run":  # what follows `run` is another program's
+        print_json({"error": why, "exit": status})
+    else:
+        print(f"error: {why}", file=sys.stderr, flush=True)
+    return status
 
 
 def _dispatch(words: list[str]) -> int:
@@ -87,4 +106,22 @@ def _parser() -> argparse.ArgumentParser:
 def console() -> None:
     """Entry point of the installed command and of `python -m hf_momentum`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning at every data-loader fork
-    sys.exit(main())
+    try:
+        try:
+            sys.exit(main())
+        finally:
+            sys.stdout.flush()  # here, where it can be answered for
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe that was closed, as `| head` does; nothing more is then written to it."""
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in pipe.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+    return True

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
+
 from hf_momentum.errors import InputError
 from hf_momentum.training.processes import launched_processes
 from hf_momentum.training.recipe import find_shipped
@@ -135,7 +137,7 @@ def prepare_launch(accelerate_config: str, flags: Mapping[str, str | None]) -> L
             _check_whole(name, given[name], least)
     try:
         loaded = load_config_from_file(str(config))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise InputError(f"{config} is not a file for accelerate launch: {' '.join(str(error).split())}") from error
     kind = loaded.distributed_type
     processes = int(given.get("num_processes", loaded.num_processes))

@@ -46,6 +46,8 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _runs_as_module(name: str) -> bool:
+    if not all(part.isidentifier() for part in name.split(".")):  # such as ./train.py
+        return False
     try:
         found = importlib.util.find_spec(name)
         if found is not None and found.submodule_search_locations is not None:
@@ -60,7 +62,8 @@ def main() -> None:
     try:
         run(sys.argv[1:])
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import transformers
 import yaml
 
 from hf_momentum import launch
-from hf_momentum.cli import COMMANDS, main
+from hf_momentum.cli import COMMANDS, console, main
 from hf_momentum.commands.answers import answering
 from hf_momentum.commands.completion import command_parsers, script
 from hf_momentum.errors import InputError
@@ -111,6 +111,9 @@ SLIPS = [
     (["repair", "--data", "y"], "--model; see hf-momentum repair --help"),
     (["run"], "SCRIPT_OR_MODULE"),
     (["run", "no_such_module"], "neither a file nor a module"),
+    (["run", "./no_such.py"], "neither a file nor a module"),
+    (["train", "--confg", "quickstart"], "did you mean 'config'"),
+    (["schema", "--out", "/dev/null/x.json"], "name another place"),
     (["export", "x"], "OUT; see hf-momentum export --help"),
     (["export", "x", "y", "--dtype", "float8"], "float32"),
     (["optimizers", "--jsn"], "did you mean '--json'"),
@@ -134,6 +137,42 @@ def test_a_slip_is_one_line_with_the_next_step(words, step, capsys, tmp_path, mo
     assert len(shown.err.strip().splitlines()) == 1
     assert shown.err.startswith("error: ") and step in shown.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_launcher_file_that_is_no_yaml_is_one_line(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("a: [1, 2\nb: {")
+    assert main(["train", "--config", "quickstart", "--accelerate_config", str(tmp_path / "mine.yaml")]) == 2
+    assert "is not a file for accelerate launch" in capsys.readouterr().err
+
+
+def _interrupted(words):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_is_one_line_and_130(monkeypatch, capsys):
+    monkeypatch.setattr("hf_momentum.commands.optimizers.main", _interrupted)
+    assert main(["optimizers"]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+    assert main(["optimizers", "--json"]) == 130
+    assert json.loads(capsys.readouterr().out) == {"error": "interrupted", "exit": 130}
+
+
+def test_a_reader_that_goes_away_is_no_traceback(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr("sys.argv", ["hf-momentum", "optimizers"])
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        with pytest.raises(SystemExit) as end:
+            console()
+    assert end.value.code == 141
+
+
+def test_a_pipe_that_broke_elsewhere_is_not_hidden(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["hf-momentum", "optimizers"])
+    monkeypatch.setattr("hf_momentum.commands.optimizers.main", lambda words: (_ for _ in ()).throw(BrokenPipeError))
+    with pytest.raises(BrokenPipeError):
+        console()
 
 
 def test_every_command_has_a_slip_in_the_list_above():

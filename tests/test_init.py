@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 from pathlib import Path
 
 import datasets
@@ -9,18 +10,27 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+)
 
 from hf_momentum.cli import main
 from hf_momentum.errors import InputError
+from hf_momentum.training.arguments import DataArguments, ModelArguments
 from hf_momentum.training.fitting import fit
 from hf_momentum.training.hardware import Hardware
 from hf_momentum.training.look import Look, look_at, refuse
 from hf_momentum.training.memory import GIB, Size
+from hf_momentum.training.models import Base, load_model
 from hf_momentum.training.new_recipe import TASKS, Wish, learning_rate, propose
 from hf_momentum.training.parting import is_ordered, parts_of, shuffled
 from hf_momentum.training.recipe import load_recipe
-from hf_momentum.training.sources import Source, named_splits
+from hf_momentum.training.sources import Loader, Source, named_splits
 
 CPU = Hardware("CPU", "cpu", 1, 16 * GIB, False, False)
 GPU = Hardware("GPU", "cuda", 1, 80 * GIB, True, False)
@@ -87,15 +97,96 @@ TEXTS = [f"a text that is number {n}" for n in range(30)]
             {"title": ["short"] * 30, "body": [text * 5 for text in TEXTS], "y": [True, False] * 15},
             ("sequence_classification", "body", "y"),
         ),
+        ({"text": TEXTS, "label": [1.0, 0.0] * 15}, ("sequence_classification", "text", "label")),
+        ({"text": TEXTS, "label": list("abcdefghij") * 3}, ("sequence_classification", "text", "label")),
+        ({"text": ["a line", ""] * 15}, ("causal_lm", "text", "")),
         ({"messages": MESSAGES}, ("chat", "", "")),
+        ({"conversations": MESSAGES}, ("chat", "", "")),
         ({"prompt": TEXTS, "completion": TEXTS}, ("chat", "", "")),
         ({"prompt": TEXTS, "chosen": TEXTS, "rejected": TEXTS}, ("preference", "", "")),
     ],
-    ids=["text", "label", "stars", "title and body", "messages", "prompt", "preference"],
+    ids=[
+        *("text", "label", "stars", "title and body", "whole floats", "few rows a class", "lines", "messages"),
+        *("conversations", "prompt", "preference"),
+    ],
 )
 def test_the_task_follows_from_the_columns(columns, look):
     found = look_at(datasets.Dataset.from_dict(columns), refuse)
     assert (found.task, found.text, found.label) == look
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([n + 0.5 for n in range(30)], "30 different numbers: a quantity, which no task here predicts"),
+        (list(range(30)), "30 different values in 30 rows: hardly classes"),
+        (["one"] * 30, "a single class, 'one'"),
+        ([["one", "two"]] * 30, "several values in a row"),
+        ([1.0, 0.0] * 14 + [1.0, None], "is empty in 1 of 30 rows"),
+    ],
+    ids=["regression", "identifiers", "one class", "several labels", "a missing integer"],
+)
+@pytest.mark.parametrize("named", [None, "label"])
+def test_a_column_called_label_is_never_left_out_in_silence(labels, message, named):
+    rows = datasets.Dataset.from_dict({"text": TEXTS, "lang": ["en", "de"] * 15, "label": labels})
+    with pytest.raises(InputError, match=message) as refused:
+        look_at(rows, refuse, label=named)
+    assert "remove them" in str(refused.value) or "--task causal_lm" in str(refused.value)
+    assert look_at(rows, refuse, task="causal_lm", text="text").task == "causal_lm"
+
+
+def test_labels_are_looked_for_in_the_whole_file(here):
+    """As of reviews in order of their labels, of which the first 20 000 are of one class."""
+    rows = datasets.Dataset.from_dict({"text": ["some words"] * 50_000, "verdict": [0] * 25_000 + [1] * 25_000})
+    assert look_at(rows, refuse).label == "verdict"
+
+
+def test_columns_that_a_chat_does_not_have_are_named():
+    with pytest.raises(InputError, match=r"task chat takes the columns messages or .*; these data have body"):
+        look_at(datasets.Dataset.from_dict({"body": TEXTS}), refuse, task="chat")
+
+
+class _Templated:
+    """A tokenizer of words whose template writes sixteen of them round every message."""
+
+    chat_template = "yes"
+
+    def apply_chat_template(self, messages, tokenize):
+        return " ".join(f"{'<|> ' * 16}{message['role']} {message['content']}" for message in messages)
+
+
+def test_conversations_are_measured_as_the_template_writes_them():
+    rows = datasets.Dataset.from_dict({"messages": MESSAGES})
+    (first, *_) = Look("chat").sequences(rows, _Templated())
+    assert first.count("<|>") == 32 and "user question 0" in first
+    (plain, *_) = Look("chat").sequences(rows)
+    assert plain == "question 0\nyes"
+    shared = [[{"from": "human", "value": "why?"}, {"from": "gpt", "value": "so"}]]
+    (first,) = Look("chat").sequences(datasets.Dataset.from_dict({"conversations": shared}), _Templated())
+    assert "user why?" in first and "assistant so" in first
+    calls = [[{"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}]]
+    assert Look("chat").sequences(datasets.Dataset.from_dict({"messages": calls})) == ['[{"name": "add"}]']
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"prompt": ["why? "], "chosen": ["because of it"], "rejected": ["no"]},
+        {
+            "prompt": [[{"role": "user", "content": "why?"}]],
+            "chosen": [[{"role": "assistant", "content": "because of it"}]],
+            "rejected": [[{"role": "assistant", "content": "no"}]],
+        },
+        {
+            "chosen": [[{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because of it"}]],
+            "rejected": [[{"role": "user", "content": "why?"}, {"role": "assistant", "content": "no"}]],
+        },
+    ],
+    ids=["strings", "lists", "the prompt inside"],
+)
+def test_of_a_pair_the_longer_side_is_measured(columns):
+    (longest,) = Look("preference").sequences(datasets.Dataset.from_dict(columns))
+    assert longest.split() == ["why?", "because", "of", "it"]
 
 
 def test_a_folder_of_pictures_is_image_classification(here):
@@ -106,6 +197,9 @@ def test_a_folder_of_pictures_is_image_classification(here):
     proposal = propose(Wish("pictures", model="no-network/vit"), CPU, refuse)
     assert proposal.look == Look("image_classification", label="label", image="image", why="image holds pictures")
     assert "ordered by label" in " ".join(proposal.notes), "folders come one after the other"
+    assert not proposal.fit.lora, "the suggested model has no layers for adapters"
+    ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]).save_pretrained("resnet")
+    assert not propose(Wish("pictures", model="resnet"), CPU, refuse).fit.lora
     proposal.write()
     assert load_recipe("my_recipe.yaml").data.image_column == "image"
 
@@ -170,9 +264,27 @@ def test_a_class_of_one_row_is_trained_on():
     assert 29 in train
 
 
+def test_small_classes_give_rows_to_every_part():
+    rows = datasets.Dataset.from_dict({"text": [f"text {n}" for n in range(100)], "label": list(range(25)) * 4})
+    parts = shuffled(rows, Look("sequence_classification", text="text", label="label"), [0.1, 0.1])
+    assert [len(part) for part in parts] == [80, 10, 10]
+    assert {rows[index]["label"] for index in parts[0]} == set(range(25))
+
+
+def test_rows_that_are_all_alike_cannot_be_parted(here):
+    place = written(here / "same.csv", [{"text": "the same words in each of the rows of it"}] * 30)
+    with pytest.raises(InputError, match="too few different rows to set some apart for validation"):
+        propose(Wish(place), CPU, refuse)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
+        ("and_commas.csv", "text;label\n" + "a, b;0\nb;1\nc, d, e;0\n" * 30, "separated by semicolons; save it"),
+        ("commas.csv", "text,label\na,0\n" + "a, b, c,0\nb,1\n" * 30, "into quotes"),
+        ("latin.csv", "text,label\n" + "caf\udce9,0\nb,1\n" * 30, "save it as UTF-8"),
+        ("table.xlsx", "PK", "has an ending that is not read; take .jsonl"),
+        ("gaps.csv", "text,label\n" + "a,0\nb,1\n" * 20 + ",1\n", "'text' is empty in 1 of 41 rows of train"),
         ("few.csv", "text,label\na,0\nb,1\n", "at least 20"),
         ("semicolons.csv", "text;label\n" + "a;0\n" * 30, "separated by semicolons"),
         ("empty.csv", "", "is empty"),
@@ -185,7 +297,7 @@ def test_a_class_of_one_row_is_trained_on():
     ],
 )
 def test_data_that_cannot_be_used_are_refused_in_one_line(name, text, message, here, capsys):
-    (here / name).write_text(text)
+    (here / name).write_text(text, errors="surrogateescape")
     words = (
         ["init", "--data", name, "--label_column", "label"]
         if "label" in text and ";" not in text
@@ -205,6 +317,13 @@ def test_shifted_data_must_have_the_same_columns_and_labels(here):
         propose(Wish(place, shifted=["other=other.csv"]), CPU, refuse)
     with pytest.raises(InputError, match="labels 'five' are not in the training data"):
         propose(Wish(place, shifted=["stars=stars.csv"]), CPU, refuse)
+    with pytest.raises(InputError, match="--test: its labels 'five'"):
+        propose(Wish(place, test="stars.csv"), CPU, refuse)
+    with pytest.raises(InputError, match="no column 'review'"):
+        propose(Wish(place, test="other.csv", task="causal_lm", text_column="review"), CPU, refuse)
+    for name in ("test", "typos"):
+        with pytest.raises(InputError, match=f"a split is called {name} already"):
+            propose(Wish(place, shifted=[f"{name}={place}"]), CPU, refuse)
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------
@@ -228,6 +347,18 @@ def test_all_weights_stay_all_weights_when_the_user_says_so():
     chosen = fit({False: BIG, True: ADAPTED}, GPU, optim="adatamw", batch=16, length=512, lora=False)
     assert not chosen.lora and not chosen.four_bit and chosen.state_dtype == "int8"
     assert "fsdp2" in chosen.note
+
+
+def test_both_sides_of_a_pair_and_no_second_model_are_in_memory(here):
+    answers = {"prompt": TEXTS, "chosen": TEXTS, "rejected": TEXTS}
+    datasets.Dataset.from_dict(answers).to_json("pairs.jsonl")
+    datasets.Dataset.from_dict({"prompt": TEXTS, "completion": TEXTS}).to_json("answers.jsonl")
+    LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=99).save_pretrained("llama")
+    pairs = propose(Wish("pairs.jsonl", model="llama"), CPU, refuse)
+    single = propose(Wish("answers.jsonl", model="llama"), CPU, refuse)
+    assert (pairs.fit.micro_batch, pairs.fit.memory.state) == (single.fit.micro_batch, single.fit.memory.state)
+    assert pairs.fit.memory.activations == 2 * single.fit.memory.activations
+    assert "precompute_ref_log_probs: true" in pairs.text and "precompute" not in single.text
 
 
 def test_more_memory_is_never_used_worse():
@@ -274,6 +405,33 @@ def test_questions_are_asked_on_a_terminal_only(here, monkeypatch, capsys):
     recipe = load_recipe("my_recipe.yaml")
     assert recipe.training.optim.value == "vradam" and recipe.peft.lora
     assert main(["init", "--data", place, "--out", "second.yaml", "--yes"]) == 0, "nothing is asked"
+
+
+def test_conversations_of_roles_reach_trl_as_messages(here):
+    rows = [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "so"}]
+    for name, conversation, column in (("roles", MESSAGES[0], "messages"), ("shared", rows, "conversations")):
+        datasets.Dataset.from_dict({"conversations": [conversation] * 3}).to_json(f"{name}.jsonl")
+        loader = Loader("chat", DataArguments(train_dataset=f"{name}.jsonl"), None, 0)
+        assert loader.training().examples.column_names == [column]
+
+
+def test_a_head_for_other_classes_makes_way(encoder):
+    arguments = ModelArguments(task="sequence_classification", model_name_or_path=encoder)
+    base = Base(encoder, AutoTokenizer.from_pretrained(encoder), from_scratch=False)
+    assert load_model(base, arguments, ["good", "bad", "neither"]).classifier.out_features == 3
+
+
+def test_the_next_commands_can_be_pasted(here):
+    proposal = propose(Wish(written(here / "reviews.csv", reviews()), out=Path("my place/a b.yaml")), CPU, refuse)
+    assert shlex.split(proposal.next_command())[-2:] == ["--config", "my place/a b.yaml"]
+    assert shlex.split(proposal.then_command())[-1] == "outputs/a b_evaluation"
+
+
+def test_a_terminal_that_ends_is_one_line(here, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: (_ for _ in ()).throw(EOFError))
+    assert main(["init"]) == 2
+    assert "--yes" in capsys.readouterr().err
 
 
 def test_init_train_and_evaluate_on_a_table_of_ones_own(here, encoder, capfd):

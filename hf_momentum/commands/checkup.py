@@ -197,7 +197,7 @@ def hub() -> Iterator[Finding]:
 def recipe(config: str, overrides: list[str]) -> Iterator[Finding]:
     """Whether a recipe loads, its local data can be read, and its model fits into memory."""
     from hf_momentum.training.recipe import load_recipe
-    from hf_momentum.training.sources import Source, named_splits
+    from hf_momentum.training.sources import READERS, Source, named_splits
 
     try:
         loaded = load_recipe(config, overrides)
@@ -209,7 +209,7 @@ def recipe(config: str, overrides: list[str]) -> Iterator[Finding]:
     sources += [source for _, _, source in named_splits(loaded.data)]
     for source in dict.fromkeys(sources):
         place = Source.parse(source).place
-        if not (place.startswith("stdlib:") or Path(place).suffix or Path(place).exists()):
+        if not (place.startswith("stdlib:") or Path(place).suffix in READERS or Path(place).exists()):
             continue  # of the Hub: to look would be to download it
         try:
             rows = len(Source.parse(source).load())

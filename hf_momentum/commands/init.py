@@ -59,7 +59,7 @@ def main(words: Sequence[str]) -> int:
     if out.exists() and not known.force:
         raise InputError(f"{out} exists; give another name with --out, or --force to write over it")
     if asks:
-        _ask_for(known, input)
+        _ask_for(known, _reply)
     with answering("init", known.json) as answer:
         from hf_momentum.training import hardware, look, new_recipe
         from hf_momentum.training.quiet import quiet
@@ -80,7 +80,7 @@ def main(words: Sequence[str]) -> int:
             test=known.test,
             out=out,
         )
-        choose = (lambda flag, names: ask_one(flag, names, input)) if asks else look.refuse
+        choose = (lambda flag, names: ask_one(flag, names, _reply)) if asks else look.refuse
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers' own, about names of its own
             proposal = new_recipe.propose(wish, hardware.find_hardware(), choose)
@@ -123,6 +123,13 @@ def ask_one(flag: str, candidates: Sequence[str], ask: Callable[[str], str]) -> 
             return reply
         if reply.isdecimal() and 1 <= int(reply) <= len(candidates):
             return candidates[int(reply) - 1]
+
+
+def _reply(question: str) -> str:
+    try:
+        return input(question)
+    except EOFError as error:
+        raise InputError("no reply; give what was asked for as an option, or --yes to be asked nothing") from error
 
 
 def _ask_for(known: argparse.Namespace, ask: Callable[[str], str]) -> None:

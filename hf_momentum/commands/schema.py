@@ -34,6 +34,7 @@ def main(words: Sequence[str]) -> int:
     if known.out is None:
         print(text, end="", flush=True)
         return 0
+    Path(known.out).parent.mkdir(parents=True, exist_ok=True)
     write_whole(Path(known.out), text)
     print(f"Schema: {known.out}")
     return 0

@@ -48,7 +48,7 @@ def main(words: Sequence[str]) -> int:
         raise InputError("train needs --config RECIPE, for example --config recipes/quickstart.yaml")
     start = launch.asked_launch(known.accelerate_config, launch.flags_of(vars(known)))
     # Before anything is launched, so that a slip is one line and not one traceback for each process.
-    loaded = recipe.load_recipe(known.config, overrides)
+    loaded = recipe.load_recipe(known.config, overrides, others=list(vars(known)))
     if start is not None:
         config = [] if known.config is None else ["--config", known.config]
         start.replace_this_process([*config, *overrides, *(["--json"] if known.json else [])])

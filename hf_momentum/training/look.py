@@ -1,5 +1,6 @@
 """What somebody's data are: their splits and columns, the task that they are for, and how long their texts are."""
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import datasets
 
 from hf_momentum.errors import InputError, nearest
-from hf_momentum.training.sources import NETWORK_ERRORS, Source
+from hf_momentum.training.sources import NETWORK_ERRORS, READERS, TRL_COLUMNS, Source
 
 # Names that people give to columns, the surest first.
 _TEXTS = (
@@ -29,9 +30,13 @@ _TEXTS = (
 _LABELS = ("label", "labels", "class", "category", "sentiment", "target", "intent", "topic", "rating", "stars", "y")
 _IMAGES = ("image", "img", "picture", "photo")
 
-# More values than this are hardly classes, whatever the column is called.
-MOST_CLASSES = 200
+# More values than this are hardly classes, whatever the column is called; nor are more numbers with decimals than this,
+# or values most of which come once only.
+MOST_CLASSES, _MOST_DECIMALS = 200, 10
 _SAMPLE = 1000
+
+# Fewer rows to train on cannot be parted.
+LEAST_ROWS = 20
 
 # A word is about so many tokens in English, where no tokenizer can be asked.
 TOKENS_PER_WORD = 1.4
@@ -70,9 +75,22 @@ class Look:
             return []
         if self.text:
             return [str(text) for text in rows[self.text]]
-        columns = [name for name in ("messages", "prompt", "completion", "chosen", "rejected") if name in rows.features]
-        kept = rows.select_columns(columns)
+        kept = rows.select_columns([name for name in _SPOKEN if name in rows.features])
         return ["\n".join(_spoken(value) for value in row.values()) for row in kept]
+
+    def sequences(self, rows: datasets.Dataset, tokenizer: Any = None) -> list[str]:
+        """What the model reads at once of each of a sample of rows: of a pair the longer side, of a conversation all
+        that the tokenizer's chat template writes.
+
+        Example:
+            >>> rows = datasets.Dataset.from_dict({"prompt": ["why? "], "chosen": ["because"], "rejected": ["no"]})
+            >>> Look("preference").sequences(rows)
+            ['why? because']
+        """
+        sample = rows.select(range(0, len(rows), max(1, len(rows) // _SAMPLE)))
+        if self.task not in TRL_COLUMNS:
+            return self.inputs(sample)
+        return [max((_written(said, tokenizer) for said in _conversations(row)), key=len) for row in sample]
 
 
 def open_data(place: str) -> dict[str, datasets.Dataset]:
@@ -93,7 +111,9 @@ def open_data(place: str) -> dict[str, datasets.Dataset]:
     name, _, config = place.partition(":")
     path = Path(place).expanduser()
     names = ["train"]
-    if path.is_dir() or not path.suffix:
+    if path.suffix == ".csv" and path.is_file():
+        _check_separator(place, path)
+    if path.is_dir() or path.suffix not in READERS:
         try:
             names = datasets.get_dataset_split_names(*([str(path)] if path.is_dir() else [name, config or None]))
         except (*NETWORK_ERRORS, ValueError, FileNotFoundError):
@@ -104,7 +124,6 @@ def open_data(place: str) -> dict[str, datasets.Dataset]:
     for split, rows in data.items():
         if len(rows) == 0:
             raise InputError(f"{place!r} has no rows in its split {split}")
-    _check_separator(place, data["train"])
     return data
 
 
@@ -142,7 +161,10 @@ def look_at(
     why = f"task {task} was asked for"
     if task is None:
         task, why = _task_of(rows, text, label, image)
-    if task in ("chat", "preference"):
+    if task in TRL_COLUMNS:
+        if not any(set(columns) <= set(rows.features) for columns in TRL_COLUMNS[task]):
+            ways = " or ".join(" with ".join(columns) for columns in TRL_COLUMNS[task])
+            raise InputError(f"task {task} takes the columns {ways}; these data have {', '.join(rows.features)}")
         return Look(task, why=why)
     if task == "image_classification":
         image = image or _one("image_column", _named_first(_images(rows), _IMAGES), choose, rows)
@@ -173,27 +195,58 @@ def check_labels(rows: datasets.Dataset, label: str, split: str) -> list[Any]:
     """The label of each row.
 
     Raises:
-        InputError: a row without one, a single class, or far too many.
+        InputError: a row without one or with several, a single class, far too many, or numbers that measure something.
 
     Example:
         >>> check_labels(datasets.Dataset.from_dict({"label": [0, 1, 1]}), "label", "train")
         [0, 1, 1]
     """
     labels = list(rows[label])
-    missing = sum(_is_missing(value) for value in labels)
-    if missing:
+    if any(isinstance(value, list | dict) for value in labels):
         raise InputError(
-            f"column {label!r} is empty in {missing} of {len(labels)} rows of {split}; fill them in or remove the rows"
+            f"column {label!r} holds several values in a row, and a class is one; keep one of them, or {_ELSE}"
         )
+    _refuse_missing(labels, label, split)
     classes = len(set(labels))
     if split == "train" and classes < 2:
-        raise InputError(f"column {label!r} holds a single class, {labels[0]!r}; there is nothing to tell apart")
-    if classes > MOST_CLASSES:
         raise InputError(
-            f"column {label!r} holds {classes} different values, which are hardly classes; name another with "
-            "--label_column, or train on the text alone with --task causal_lm"
+            f"column {label!r} holds a single class, {labels[0]!r}; there is nothing to tell apart: {_ELSE}"
+        )
+    if classes > _MOST_DECIMALS and any(isinstance(value, float) and not value.is_integer() for value in labels):
+        raise InputError(
+            f"column {label!r} holds {classes} different numbers: a quantity, which no task here predicts; make a few "
+            f"classes of it, or {_ELSE}"
+        )
+    rare = split == "train" and len(labels) >= LEAST_ROWS and classes * 2 > len(labels)
+    if classes > MOST_CLASSES or rare:
+        raise InputError(
+            f"column {label!r} holds {classes} different values in {len(labels)} rows: hardly classes; {_ELSE}"
         )
     return labels
+
+
+_ELSE = "name another with --label_column, or train on the text alone with --task causal_lm"
+
+
+def check_texts(rows: datasets.Dataset, text: str, split: str) -> None:
+    """Look for rows without a text, which would be read as the word None.
+
+    Raises:
+        InputError: there are some.
+
+    Example:
+        >>> check_texts(datasets.Dataset.from_dict({"text": ["one", ""]}), "text", "train")
+    """
+    _refuse_missing([0 if value is not None else None for value in rows[text]], text, split)
+
+
+def _refuse_missing(values: Sequence[Any], column: str, split: str) -> None:
+    missing = sum(map(_is_missing, values))
+    if missing:
+        raise InputError(
+            f"column {column!r} is empty in {missing} of {len(values)} rows of {split}; fill them in, or remove them "
+            "(in a .csv or .tsv file NA, None and null are read as empty)"
+        )
 
 
 def lengths(inputs: Sequence[str], tokenizer: Any = None) -> list[int]:
@@ -227,13 +280,18 @@ def _task_of(rows: datasets.Dataset, text: str | None, label: str | None, image:
     names = set(rows.features)
     if {"chosen", "rejected"} <= names:
         return "preference", "it has the columns chosen and rejected"
-    if "messages" in names or {"prompt", "completion"} <= names:
-        return "chat", f"it has {'a column messages' if 'messages' in names else 'the columns prompt and completion'}"
+    for name in ("messages", "conversations"):
+        if name in names:
+            return "chat", f"it has a column {name}"
+    if {"prompt", "completion"} <= names:
+        return "chat", "it has the columns prompt and completion"
     if image or _images(rows):
         return "image_classification", f"{image or _images(rows)[0]} holds pictures"
-    if label or _labels(rows, {text or ""}):
-        found = label or _labels(rows, {text or ""})[0]
-        return "sequence_classification", f"{found} holds {len(set(rows[found]))} different values"
+    found = [label] if label else _labels(rows, {text or ""}) if len(names) > 1 else []
+    if len(found) > 1:
+        return "sequence_classification", f"{', '.join(found)} look like classes"
+    if found:
+        return "sequence_classification", f"{found[0]} holds {len(set(check_labels(rows, found[0], 'train')))} classes"
     return "causal_lm", "it has text and no column that looks like a class"
 
 
@@ -250,20 +308,26 @@ def _texts(rows: datasets.Dataset) -> list[str]:
 
 
 def _labels(rows: datasets.Dataset, taken: set[str]) -> list[str]:
-    """Columns that look like classes, those with a telling name alone if there are any."""
-    found = []
+    """Columns that look like classes, one with a telling name alone if there is any; even one that `check_labels` will
+    refuse, since to leave out a column `label` in silence would be worse."""
+    found, doubtful = [], []
+    sample = rows.select(range(0, len(rows), max(1, len(rows) // 20_000)))
     for name, feature in rows.features.items():
         if name in taken:
             continue
         if isinstance(feature, datasets.ClassLabel):
             found.append(name)
-        elif isinstance(feature, datasets.Value) and _is_countable(str(feature.dtype)):
-            values = list(rows[name][:20_000])
+            continue
+        values = list(sample[name])
+        if isinstance(feature, datasets.Value) and _is_countable(str(feature.dtype)) and not _is_long(values):
             distinct = len(set(values))
-            repeated = distinct * 5 <= len(values)
-            if 2 <= distinct <= MOST_CLASSES and repeated and not _is_long(values):
+            if 2 <= distinct <= MOST_CLASSES and distinct * 5 <= len(values):
                 found.append(name)
-    return _named_first(found, _LABELS)
+                continue
+        if name.lower() in _LABELS and not _is_long(values):
+            doubtful.append(name)
+    named = _named_first(found, _LABELS)
+    return _named_first(doubtful, _LABELS) if doubtful and not (named and named[0].lower() in _LABELS) else named
 
 
 def _text(rows: datasets.Dataset, taken: set[str], choose: Choose) -> str:
@@ -312,15 +376,56 @@ def _is_missing(value: Any) -> bool:
 def _spoken(value: Any) -> str:
     """The text of a message, of a list of messages, or of a string."""
     if isinstance(value, Mapping):
-        return str(value.get("content", json.dumps(value, default=str)))
+        content, calls = value.get("content", value.get("value")), value.get("tool_calls")
+        words = [] if content is None else [content if isinstance(content, str) else json.dumps(content, default=str)]
+        return "\n".join([*words, json.dumps(calls, default=str)] if calls else words)
     return "\n".join(map(_spoken, value)) if isinstance(value, list) else str(value)
 
 
-def _check_separator(place: str, rows: datasets.Dataset) -> None:
-    only = rows.column_names[0] if len(rows.column_names) == 1 else ""
+def _conversations(row: Mapping[str, Any]) -> list[Any]:
+    """Each sequence that TRL makes of a row: a list of messages, or a string."""
+    if "chosen" in row:
+        return [_joined(row.get("prompt"), row["chosen"]), _joined(row.get("prompt"), row["rejected"])]
+    whole = next((row[name] for name in ("messages", "conversations") if name in row), None)
+    if whole is not None:
+        return [whole]
+    return [_joined(row["prompt"], row["completion"]) if "completion" in row else row["text"]]
+
+
+def _joined(prompt: Any, answer: Any) -> Any:
+    """Prompt and answer, two lists of messages or two strings."""
+    if prompt is None:
+        return answer
+    if isinstance(prompt, list) and isinstance(answer, list):
+        return [*prompt, *answer]
+    return _spoken(prompt) + _spoken(answer)
+
+
+def _written(said: Any, tokenizer: Any) -> str:
+    """A conversation as a chat template writes it; its words alone where there is none, or it wants another form."""
+    if isinstance(said, list) and getattr(tokenizer, "chat_template", None):
+        messages = [
+            {"role": _ROLES.get(message["from"], message["from"]), "content": message["value"]}
+            if "from" in message
+            else {key: value for key, value in message.items() if value is not None}
+            for message in said
+        ]
+        with contextlib.suppress(Exception):  # a template raises what it likes
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    return _spoken(said)
+
+
+# Columns of conversations, and what other formats call their speakers.
+_SPOKEN = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "text")
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def _check_separator(place: str, path: Path) -> None:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        header = file.readline()
     for separator, name in ((";", "semicolons"), ("\t", "tabs")):
-        if separator in only:
+        if separator in header and "," not in header:
             raise InputError(
-                f"{place} is separated by {name}, and was read as a single column; save it with commas"
+                f"{place} is separated by {name}; save it with commas"
                 + (", or with the ending .tsv" if name == "tabs" else "")
             )

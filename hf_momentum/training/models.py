@@ -95,8 +95,9 @@ def load_model(base: Base, model: ModelArguments, classes: Sequence[str]) -> Pre
     if model.task.endswith("classification"):
         names = dict(enumerate(classes))
         options |= {"id2label": names, "label2id": {name: index for index, name in names.items()}}
-    if model.task == "image_classification":
-        options["ignore_mismatched_sizes"] = True  # a head for the thousand classes of ImageNet makes way for ours
+        options["ignore_mismatched_sizes"] = (
+            True  # a head for other classes, as of ImageNet or SST-2, makes way for ours
+        )
     if not base.from_scratch:
         options["revision"] = model.model_revision
     if model.attn_implementation is not None:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import re
+import shlex
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from hf_momentum.integrations import OPTIMIZERS
 from hf_momentum.training.arguments import TRL_TASKS
 from hf_momentum.training.fitting import LORA_R, Fit, fit, sizes_of
 from hf_momentum.training.hardware import Hardware, operations_per_second
-from hf_momentum.training.look import Choose, Look, check_labels, lengths, look_at, open_data, percentile
+from hf_momentum.training.look import Choose, Look, check_labels, check_texts, lengths, look_at, open_data, percentile
 from hf_momentum.training.memory import Size, minutes
 from hf_momentum.training.parting import Parts, parts_of, write_parts
 from hf_momentum.training.recipe import Recipe, load_recipe, split_name
@@ -167,14 +168,15 @@ class Proposal:
     def next_command(self) -> str:
         """What to type next."""
         several = f" --accelerate_config ddp --num_processes {self.hardware.count}" if self.hardware.count > 1 else ""
-        return f"hf-momentum train --config {self.out}{several}"
+        return f"hf-momentum train --config {shlex.quote(str(self.out))}{several}"
 
     def then_command(self) -> str:
         """And what after that: empty for a task without a suite."""
         if not self.suite:
             return ""
-        places = f"--model {_output_dir(self.out)} --suite {self.suite_file}"
-        return f"hf-momentum evaluate {places} --output_dir {_output_dir(self.out)}_evaluation"
+        made = _output_dir(self.out)
+        places = ["--model", made, "--suite", str(self.suite_file), "--output_dir", f"{made}_evaluation"]
+        return shlex.join(["hf-momentum", "evaluate", *places])
 
     def lines(self) -> list[str]:
         """What was found and chosen, for people."""
@@ -208,17 +210,21 @@ def propose(wish: Wish, hardware: Hardware, choose: Choose) -> Proposal:
     look = look_at(data["train"], choose, wish.task, wish.text_column, wish.label_column, wish.image_column)
     if look.task not in TASKS:
         raise InputError(f"--task {look.task!r} is not known; accepted: {', '.join(TASKS)}")
+    if look.label:
+        check_labels(data["train"], look.label, "train")
+    if look.text:
+        check_texts(data["train"], look.text, "train")
     if wish.test is not None:
-        data = {**data, "test": Source.parse(wish.test).load()}
-    for name, rows in data.items():
-        if look.label and (name == "train" or (name == "test" and wish.test)):
-            _check_columns(rows, look, wish.test if name == "test" else wish.data)
-            check_labels(rows, look.label, name)
+        data = {**data, "test": _like_training("--test", wish.test, data["train"], look)}
     parts = parts_of(wish.data, data, look, wish.out.with_name(f"{wish.out.stem}_data"))
     if wish.test is not None:
         parts = Parts(parts.train, parts.validation, wish.test, parts.files, parts.notes)
-    for entry in wish.shifted:
-        _check_shifted(entry, data["train"], look)
+    taken = ["test", *_FAULTS.get(look.task, ())]  # in the recipe and in the suite
+    for name, source in map(split_name, wish.shifted):
+        if name in taken:
+            raise InputError(f"--shifted {name}={source}: a split is called {name} already; choose another name")
+        taken.append(name)
+        _like_training(f"--shifted {name}", source, data["train"], look)
     model = wish.model or SUGGESTED[look.task]
     notes = [*parts.notes]
     if wish.model is None:
@@ -226,22 +232,26 @@ def propose(wish: Wish, hardware: Hardware, choose: Choose) -> Proposal:
     config, tokenizer, trouble = _read_model(model, look.task)
     if trouble:
         notes.append(trouble)
-    if "messages" in data["train"].features and look.task == "chat" and tokenizer and not tokenizer.chat_template:
+    if _has_messages(data["train"], look) and tokenizer and not tokenizer.chat_template:
         notes.append(f"{model} has no chat template; set chat_template_path to a model that has one")
     rows = _training_rows(parts, data)
-    words = lengths(look.inputs(data["train"]), tokenizer)
+    words = lengths(look.sequences(data["train"], tokenizer), tokenizer)
     length, why = _block(look.task, words, config, tokenizer is not None, len(data["train"]))
     tokens = round(sum(words) / len(words) * rows) if words else rows * _patches(config)
     examples = max(1, tokens // length) if look.task == "causal_lm" else rows
     sizes, checkpoints = ({}, True) if config is None else sizes_of(config, loader_of(look.task))
     batch = _batch(look.task, examples)
+    pair = 2 if look.task == "preference" else 1  # both sides of it are in memory at once
+    lora = wish.lora
+    if lora is None and not sizes and (config is not None or look.task == "image_classification"):
+        lora = False  # most likely a convolutional network, which has no layers that adapters are put on
     chosen = fit(
         sizes,
         hardware,
         optim=wish.optim,
         batch=batch,
-        length=length or _patches(config),
-        lora=wish.lora,
+        length=pair * (length or _patches(config)),
+        lora=lora,
         checkpoints=checkpoints,
         four_bits=importlib.util.find_spec("bitsandbytes") is not None and wish.lora is not False,
     )
@@ -249,7 +259,7 @@ def propose(wish: Wish, hardware: Hardware, choose: Choose) -> Proposal:
         notes.append(chosen.note)
     if model == "scratch":  # small enough for any machine
         chosen = Fit(bool(wish.lora), batch, 1)
-    pace = _minutes_per_epoch(sizes.get(chosen.lora), hardware, tokens, chosen)
+    pace = _minutes_per_epoch(sizes.get(chosen.lora), hardware, pair * tokens, chosen)
     text, total = _compose(wish, look, parts, model, chosen, hardware, examples, (length, why), pace)
     return Proposal(wish.out, text, parts, look, model, chosen, hardware, rows, total, _suite(wish, look, parts), notes)
 
@@ -266,15 +276,27 @@ def _check_columns(rows: datasets.Dataset, look: Look, place: str | None) -> Non
             )
 
 
-def _check_shifted(entry: str, train: datasets.Dataset, look: Look) -> None:
-    name, source = split_name(entry)
+def _like_training(flag: str, source: str, train: datasets.Dataset, look: Look) -> datasets.Dataset:
+    """Other rows than the training data, with its columns and labels."""
     rows = Source.parse(source).load()
     _check_columns(rows, look, source)
+    if look.text:
+        check_texts(rows, look.text, source)
     if look.label:
-        unknown = set(check_labels(rows, look.label, name)) - set(train[look.label])
+        unknown = set(check_labels(rows, look.label, source)) - set(train[look.label])
         if unknown:
             some = ", ".join(repr(value) for value in sorted(unknown, key=str)[:3])
-            raise InputError(f"--shifted {name}: its labels {some} are not in the training data; rename them there")
+            raise InputError(f"{flag}: its labels {some} are not in the training data; rename them there")
+    return rows
+
+
+def _has_messages(rows: datasets.Dataset, look: Look) -> bool:
+    """Whether it is for a chat template to write them."""
+    return look.task in TRL_TASKS and any(
+        isinstance(rows[0][name], list)
+        for name in ("messages", "conversations", "chosen", "completion")
+        if name in rows[0]
+    )
 
 
 def _read_model(model: str, task: str) -> tuple[Any, Any, str]:
@@ -476,6 +498,8 @@ def _compose(
         made.put("optim_args", f"state_dtype={chosen.state_dtype}", "less memory for the optimizer's state")
     made.put("learning_rate", rate, f"{reason}; `hf-momentum compare` tunes it")
     made.put("weight_decay", 0.0 if chosen.lora else 0.01)
+    if task == "preference" and not chosen.lora:
+        made.put("precompute_ref_log_probs", True, "once, so that no second model is held in memory")
     if chosen.lora:
         made.put("lora", True, "adapters instead of all weights")
         made.put("lora_r", LORA_R)

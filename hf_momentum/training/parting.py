@@ -11,11 +11,10 @@ from typing import Any
 import datasets
 
 from hf_momentum.errors import InputError
-from hf_momentum.training.look import Look, check_labels
+from hf_momentum.training.look import LEAST_ROWS, Look, check_labels
 
 # Out of a hundred rows; the rest is trained on.
 VALIDATION, TEST = 10, 10
-LEAST_ROWS = 20
 
 # A text shorter than this may well come twice by chance: a blank line, "ok".
 _TELLING = 30
@@ -85,6 +84,10 @@ def parts_of(place: str, data: Mapping[str, datasets.Dataset], look: Look, folde
     names = ["train", *(name for name, there in (("validation", validation), ("test", test)) if there is None)]
     ending = "parquet" if look.task == "image_classification" else "jsonl"
     for name, indices in zip(names, shuffled(rows, look, [size / 100 for size in cut]), strict=True):
+        if not indices:
+            raise InputError(
+                f"{place!r} has too few different rows to set some apart for {name}; give more rows, or fewer classes"
+            )
         files[folder / f"{name}.{ending}"] = rows.select(indices)
     pieces = [f"{path}@{path.stem}" for path in files]
     why = f"{'; '.join(reasons)}: shuffled files were written to {folder}"
@@ -148,14 +151,17 @@ def shuffled(rows: datasets.Dataset, look: Look, shares: Sequence[float]) -> lis
     for group in together.values():
         of_class[labels[group[0]]].append(group)
     parts: list[list[int]] = [[] for _ in range(len(shares) + 1)]
+    given, seen = [0] * len(parts), 0
     draw = random.Random(0)
     for groups in of_class.values():
         draw.shuffle(groups)
-        start = 0
+        start, seen = 0, seen + len(groups)
         for part, share in enumerate(shares, start=1):
-            count = min(round(share * len(groups)), max(0, len(groups) - start - 1))  # one at least is trained on
+            # What is due of all classes so far: rounded for each, small classes would give nothing. One at least is
+            # trained on.
+            count = max(0, min(round(share * seen) - given[part], len(groups) - start - 1))
             parts[part] += [index for group in groups[start : start + count] for index in group]
-            start += count
+            start, given[part] = start + count, given[part] + count
         parts[0] += [index for group in groups[start:] for index in group]
     for part in parts:
         draw.shuffle(part)

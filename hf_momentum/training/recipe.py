@@ -153,12 +153,13 @@ def training_arguments(words: Sequence[str]) -> MomentumTrainingArguments:
     return arguments
 
 
-def load_recipe(config: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(config: str | None = None, overrides: Sequence[str] = (), others: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply `--key value` overrides.
 
     Args:
         config: a path, or the name of a recipe inside the package such as "quickstart"; None for overrides alone.
         overrides: as typed on the command line.
+        others: names of the command's other options, one of which may have been meant.
 
     Raises:
         InputError: no such file, not YAML, an unknown or repeated key, a value that does not fit its field, an
@@ -186,7 +187,7 @@ def load_recipe(config: str | None = None, overrides: Sequence[str] = ()) -> Rec
         raise InputError(f"{where}{_one_line(error)}") from error
     if unknown:
         flag = unknown[0].removeprefix("--").partition("=")[0].replace("-", "_")
-        raise InputError(f"unknown argument {unknown[0].partition('=')[0]!r}{nearest(flag, fields)}")
+        raise InputError(f"unknown argument {unknown[0].partition('=')[0]!r}{nearest(flag, [*others, *fields])}")
     given = {**words, **_overridden(overrides)}
     given.pop("resume_from_checkpoint", None)  # how this run came about, not what it is
     given.pop("hub_token", None)  # a recipe is written to files that others read

@@ -14,7 +14,7 @@ from hf_momentum.training import corpus
 from hf_momentum.training.arguments import TRL_TASKS, DataArguments
 from hf_momentum.training.recipe import OFFLINE_RECIPE, split_name
 
-_READERS = {
+READERS = {
     ".jsonl": "json",
     ".json": "json",
     ".csv": "csv",
@@ -24,7 +24,7 @@ _READERS = {
 }
 
 # Any of these sets of columns will do.
-_TRL_COLUMNS = {
+TRL_COLUMNS = {
     "chat": (("messages",), ("conversations",), ("prompt", "completion"), ("text",)),
     "preference": (("chosen", "rejected"),),
 }
@@ -71,15 +71,17 @@ class Source:
                 {"text": corpus.stdlib_texts(self.place.removeprefix("stdlib:"), self.split)}
             )
         path = Path(self.place).expanduser()
-        if path.suffix in _READERS:
+        if path.suffix in READERS:
             if not path.is_file():
                 raise InputError(f"dataset file {self.place} does not exist")
             if path.stat().st_size == 0:
                 raise InputError(f"dataset {self.place!r} is empty")
             options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
-            return self._read(_READERS[path.suffix], data_files={self.split.split("[")[0]: str(path)}, **options)
+            return self._read(READERS[path.suffix], data_files={self.split.split("[")[0]: str(path)}, **options)
         if path.is_dir():
             return self._read(str(path))
+        if path.is_file():
+            raise InputError(f"dataset file {self.place} has an ending that is not read; take {', '.join(READERS)}")
         name, _, config = self.place.partition(":")
         return self._read(name, *([config] if config else []))
 
@@ -95,7 +97,24 @@ class Source:
             cause = error.__cause__ or error
             if "corresponds to no data" in str(error):  # how datasets says that a split has no row
                 raise InputError(f"dataset {self.place!r} is empty") from error
-            raise InputError(f"dataset {self.place!r} cannot be read: {' '.join(str(cause).split())}") from error
+            raise InputError(
+                f"dataset {self.place!r} cannot be read: {' '.join(str(cause).split())}{_remedy(cause)}"
+            ) from error
+
+
+def _as_trl_calls_them(rows: datasets.Dataset) -> datasets.Dataset:
+    """TRL takes `conversations` of {from, value} alone; those of {role, content} it knows as `messages`."""
+    if "conversations" not in rows.column_names or "messages" in rows.column_names or len(rows) == 0:
+        return rows
+    roles = any("role" in turn for turn in rows[0]["conversations"])
+    return rows.rename_column("conversations", "messages") if roles else rows
+
+
+def _remedy(cause: BaseException) -> str:
+    """The next step, for what is often wrong with a file."""
+    if isinstance(cause, UnicodeDecodeError):
+        return "; save it as UTF-8"
+    return "; put texts that contain commas into quotes" if "Error tokenizing data" in str(cause) else ""
 
 
 @dataclass(frozen=True)
@@ -202,14 +221,15 @@ class Loader:
         rows = Source.parse(source).load()
         there = ", ".join(rows.column_names) or "none"
         if self.task in TRL_TASKS:
-            if not any(set(columns) <= set(rows.column_names) for columns in _TRL_COLUMNS[self.task]):
-                ways = " or ".join(" with ".join(columns) for columns in _TRL_COLUMNS[self.task])
+            if not any(set(columns) <= set(rows.column_names) for columns in TRL_COLUMNS[self.task]):
+                ways = " or ".join(" with ".join(columns) for columns in TRL_COLUMNS[self.task])
                 raise InputError(
                     f"dataset {source!r} has none of the columns that {self.task} takes: {ways}; it has {there}"
                 )
             if len(rows) == 0:
                 raise InputError(f"dataset {source!r} is empty")
             _check_turns(source, self.task, rows[0])
+            rows = _as_trl_calls_them(rows)
             return _with_one_prompt(source, rows) if self.task == "preference" else rows
         which = "image_column" if self.task == "image_classification" else "text_column"
         wanted = [getattr(self.data, which), *([self.data.label_column] if self._classifies else [])]
