@@ -509,6 +509,7 @@ def test_bad_input_is_one_line(words, message, classifier, language, tmp_path, c
         ([{"text": "a", "label": 0}, {"text": "b", "label": None}], "has no labels: row 1 of"),
         ([{"text": "a", "label": -1}], "has no labels: row 0 of"),
         ([{"text": "a"}], "has no column 'label'; it has text"),
+        ([{"text": "a", "label": 0}, {"text": None, "label": 0}], "column 'text' is empty in some rows"),
         ([{"text": "a", "label": 2}], "has class '2', which the model lacks"),
     ],
 )

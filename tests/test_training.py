@@ -246,6 +246,11 @@ def test_empty_dataset(tiny, tmp_path, capsys):
     assert "is empty" in bad(tiny, tmp_path, capsys, train_dataset=tmp_path / "rows.jsonl")
 
 
+def test_a_row_without_text_is_not_read_as_the_word_none(tiny, tmp_path, capsys):
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "x" * 100}, {"text": None}])
+    assert "column 'text' is empty in some rows" in bad(tiny, tmp_path, capsys, train_dataset=path)
+
+
 def test_dataset_too_short_for_one_block(tiny, tmp_path, capsys):
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "short"}])
     assert "less than one block of 32 tokens; lower block_size" in bad(tiny, tmp_path, capsys, train_dataset=path)

@@ -270,7 +270,7 @@ class Loader:
 
         def pack(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
             stream: list[int] = []
-            texts = [str(text) for text in batch[column]]
+            texts = as_texts(batch[column], column, f"dataset {source!r}")
             for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
                 stream += ids
                 if ids and end is not None:  # an empty row is no document
@@ -288,7 +288,9 @@ class Loader:
         column, label, index = self.data.text_column, self.data.label_column, self._places(rows, source)
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-            encoded = tokenizer([str(text) for text in batch[column]], truncation=True, max_length=length)
+            encoded = tokenizer(
+                as_texts(batch[column], column, f"dataset {source!r}"), truncation=True, max_length=length
+            )
             return {**encoded, "labels": [index[name] for name in batch[label]]}
 
         return self._mapped(rows, encode, source)
@@ -308,6 +310,24 @@ class Loader:
     def _mapped(rows: datasets.Dataset, function: Any, source: str) -> datasets.Dataset:
         name = Path(source.partition("@")[0]).name
         return rows.map(function, batched=True, remove_columns=rows.column_names, desc=f"tokenizing {name}")
+
+
+def as_texts(values: Sequence[Any], column: str, where: str) -> list[str]:
+    """The texts of a column; numbers as they are written.
+
+    Raises:
+        InputError: there is none in a row, which would be read as the word None.
+
+    Example:
+        >>> as_texts(["one", 2], "text", "dataset 'a.csv@train'")
+        ['one', '2']
+    """
+    if any(value is None for value in values):
+        raise InputError(
+            f"{where}: column {column!r} is empty in some rows; fill them in, or remove them (in a .csv or "
+            ".tsv file NA, None and null are read as empty)"
+        )
+    return [str(value) for value in values]
 
 
 def _check_turns(source: str, task: str, row: Mapping[str, Any]) -> None:

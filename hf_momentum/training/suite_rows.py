@@ -16,7 +16,7 @@ from hf_momentum.evaluation.suite import CLASSIFIERS, Suite, SuiteSplit, overrid
 from hf_momentum.training.evaluated import Evaluated
 from hf_momentum.training.examples import Examples, on_device, picture_examples, text_examples, window_examples
 from hf_momentum.training.recipe import find_shipped
-from hf_momentum.training.sources import Source
+from hf_momentum.training.sources import Source, as_texts
 
 # ---- the suite, and the rows of its data ----------------------------------------------------------------------------
 
@@ -69,6 +69,8 @@ def load_rows(split: SuiteSplit) -> datasets.Dataset:
         rows = rows.shuffle(seed=split.seed).select(range(split.max_examples))
     if split.task in CLASSIFIERS:
         _check_labelled(rows, split)
+    for column in () if split.task == "image_classification" else _columns(split)[:1]:
+        as_texts(rows[column], column, f"split {split.name!r}: {split.source}")
     if split.max_characters is not None and split.task in ("causal_lm", "sequence_classification"):
         column, most = split.text_column, split.max_characters
         rows = rows.map(lambda row: {column: str(row[column])[:most]}, desc=f"cutting {split.name}")
