@@ -293,6 +293,13 @@ def test_the_trainer_refuses_another_optimizer_before_it_loads(folder):
     assert all(torch.equal(before[name], value) for name, value in weights(other).items())
 
 
+def test_the_trainer_refuses_a_learning_rate_that_the_checkpoint_would_not_take(folder):
+    """Its scheduler's state has the old one: the run would go on with that, and its report would name the new one."""
+    other = trainer(folder, learning_rate=0.123)
+    with pytest.raises(InputError, match=r"learning rate that it was saved with, .*, not 0\.123; resume with that one"):
+        other.train(resume_from_checkpoint=True)
+
+
 class Watch(TrainerCallback):
     """Looks into the run's folder at every save."""
 

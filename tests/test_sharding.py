@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+from types import ModuleType
 
 import pytest
 import torch
@@ -66,6 +68,17 @@ def test_accelerate_hands_our_optimizers_over_as_they_are_and_maps_others():
     ours = TAM([torch.nn.Parameter(torch.zeros(2))])
     assert accelerate.accelerator.map_pytorch_optim_to_deepspeed(ours) is ours
     assert deepspeed_hook._mapped(lambda optimizer: "replaced", None, ("another",), {}) == "replaced"
+
+
+def test_a_missing_function_is_told_where_deepspeed_is_installed_and_only_there(monkeypatch):
+    """Without DeepSpeed Accelerate has no such function: everybody who only wants `--optim tam` would be warned."""
+    accelerator = ModuleType("accelerate.accelerator")
+    with pytest.warns(RuntimeWarning, match="map_pytorch_optim_to_deepspeed is missing"):
+        deepspeed_hook.keep_under_accelerate(accelerator)
+    monkeypatch.setattr(deepspeed_hook, "find_spec", lambda name: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        deepspeed_hook.keep_under_accelerate(accelerator)
 
 
 def test_another_optimizer_than_the_one_asked_for_stops_before_the_first_step(tmp_path):

@@ -8,6 +8,7 @@ warning says what will not work.
 
 import warnings
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +31,8 @@ def install() -> None:
 
 def keep_under_accelerate(accelerator: ModuleType) -> None:
     """Make Accelerate hand our optimizers to DeepSpeed as they are, also when their state is offloaded."""
+    if find_spec("deepspeed") is None:
+        return  # Accelerate has no such function then, and nothing will be missed
     _wrap(accelerator, "map_pytorch_optim_to_deepspeed", _mapped, "optimizer offload through Accelerate")
 
 

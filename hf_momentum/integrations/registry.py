@@ -77,7 +77,7 @@ class OptimizerSpec:
             >>> OPTIMIZERS["tam"].check({"gamma": 1.5})
             Traceback (most recent call last):
             ...
-            hf_momentum.errors.InputError: TAM: gamma must be a number in [0, 1), got 1.5; the paper's code uses 0.9
+            hf_momentum.errors.InputError: TAM: gamma must be a number in [0, 1), got 1.5; public code uses 0.9
         """
         unknown = sorted(set(kwargs) - set(self.arguments) - {"lr", "weight_decay"})
         if unknown:

@@ -304,7 +304,7 @@ class AHBAdam(MomentumOptimizer):
         cap_root: as for `AHBSGD`. Default False.
         granularity: `"global"` (default) or `"tensor"`, as for `AHBSGD`.
         previous_grad_dtype: `"float32"` (default) or `"bfloat16"`, as for `AHBSGD`.
-        difference: `"plain"` (default, the paper's) or `"preconditioned"`.
+        difference: `"plain"` (default, the paper's l) or `"preconditioned"`.
         weight_decay: wd, >= 0. Default 0.
         decoupled_weight_decay: True (default), or False to add wd w to the gradient.
         maximize: ascend instead of descend. Default False.
@@ -406,7 +406,7 @@ class AHBAdamW(MomentumOptimizer):
         cap_root: as for `AHBSGD`. Default False.
         granularity: `"global"` (default) or `"tensor"`, as for `AHBSGD`.
         previous_grad_dtype: `"float32"` (default) or `"bfloat16"`, as for `AHBSGD`.
-        difference: `"plain"` (default, the paper's) or `"preconditioned"`; see `AHBAdam`.
+        difference: `"plain"` (default, the paper's l) or `"preconditioned"`; see `AHBAdam`.
         weight_decay: wd, >= 0. Default 1e-2, as in `torch.optim.AdamW`.
         maximize: ascend instead of descend. Default False.
         fused: None (default) uses kernels that make one pass over memory where they can be had, which the log says at

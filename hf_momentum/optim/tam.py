@@ -219,7 +219,7 @@ def _damping_of(group: dict[str, Any]) -> Tensor:
 def _check_torque(optimizer: MomentumOptimizer, group: Mapping[str, Any], beta: float) -> None:
     owner = type(optimizer).__name__
     check_real(owner, "lr", group["lr"], 0)
-    check_real(owner, "gamma", group["gamma"], 0, 1, high_open=True, hint="the paper's code uses 0.9")
+    check_real(owner, "gamma", group["gamma"], 0, 1, high_open=True, hint="public code uses 0.9")
     check_real(owner, "eps", group["eps"], 0)
     check_real(owner, "weight_decay", group["weight_decay"], 0)
     check_choice(owner, "granularity", group["granularity"], ("global", "tensor"))

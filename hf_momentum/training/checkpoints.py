@@ -360,7 +360,11 @@ def find_checkpoint(wanted: str | bool | None, output_dir: str | None, speak: bo
 
 
 def check_checkpoint(
-    checkpoint: str, optimizer: str, processes: int | None = None, distributed_type: str | None = None
+    checkpoint: str,
+    optimizer: str,
+    processes: int | None = None,
+    distributed_type: str | None = None,
+    learning_rate: float | None = None,
 ) -> None:
     """Refuse to resume from a checkpoint that does not fit the run, before anything is loaded or written.
 
@@ -369,10 +373,11 @@ def check_checkpoint(
         optimizer: the `--optim` name of the run.
         processes: how many processes run now; None leaves that out.
         distributed_type: Accelerate's name of how they run ("FSDP", "DEEPSPEED", ...); None leaves that out.
+        learning_rate: that of the run; None leaves that out.
 
     Raises:
-        InputError: the checkpoint was saved by another optimizer, under another kind of launch or, with ZeRO, by
-            another number of processes; or it holds no optimizer state.
+        InputError: the checkpoint was saved by another optimizer, with another learning rate, under another kind of
+            launch or, with ZeRO, by another number of processes; or it holds no optimizer state.
     """
     kind = kind_of(checkpoint)
     if kind == WEIGHTS:
@@ -412,6 +417,23 @@ def check_checkpoint(
             f"{checkpoint} was saved by {name}, not by {optimizer}; resume with the optimizer that saved it, or train "
             "from the start"
         )
+    rates = _scheduled_rates(Path(checkpoint))
+    if learning_rate is not None and rates and learning_rate not in rates:
+        # The scheduler's state has it, so the Trainer would go on with the old one, and the report would name the new.
+        known = " and ".join(f"{rate:g}" for rate in sorted(rates))
+        raise InputError(
+            f"{checkpoint} continues with the learning rate that it was saved with, {known}, not {learning_rate:g}; "
+            "resume with that one, or train from the start"
+        )
+
+
+def _scheduled_rates(folder: Path) -> set[float]:
+    """The learning rates that a checkpoint's scheduler starts from; none where it does not say."""
+    import torch
+
+    path = folder / "scheduler.pt"
+    state = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
+    return {float(rate) for rate in state.get("base_lrs", ())}
 
 
 def saved_algorithms(checkpoint: str | os.PathLike[str], kind: str) -> set[str | None]:

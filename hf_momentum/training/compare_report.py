@@ -52,7 +52,8 @@ def outlook(made: Plan, ledger: Ledger, jobs: int) -> str:
     return (
         f"{text}. About {duration(one * (least - len(records)) / jobs)} with --jobs {jobs}, from {_TIMED_STEPS} "
         f"steps and "
-        f"{_TIMED_EXAMPLES} examples: {duration(one)} for a run with all its splits"
+        f"{_TIMED_EXAMPLES} examples: {duration(one)} for a run with all its splits, without the seconds that the "
+        f"process of each run takes to start"
     )
 
 

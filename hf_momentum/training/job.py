@@ -105,7 +105,7 @@ def prepare(recipe: Recipe) -> Prepared:
     checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir, speak=state.is_main_process)
     if checkpoint is not None:
         name = str(getattr(training.optim, "value", training.optim))
-        check_checkpoint(checkpoint, name, training.world_size, state.distributed_type.value)
+        check_checkpoint(checkpoint, name, training.world_size, state.distributed_type.value, training.learning_rate)
     data = recipe.data
     suite = None
     if data.evaluation_suite is not None and training.eval_strategy != "no":  # without, its data are for nothing

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import re
 from argparse import Action, ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -38,6 +38,20 @@ from hf_momentum.training.bloop import parse_rho
 from hf_momentum.training.trainer import MomentumTrainer
 
 OFFLINE_RECIPE = "recipes/quickstart.yaml"
+
+# What others call it, where the nearest spelling would lead astray.
+_OUR_WORDS = {
+    "lr": "learning_rate",
+    "model": "model_name_or_path",
+    "batch_size": "per_device_train_batch_size",
+    "max_length": "block_size",
+    "max_seq_length": "block_size",
+    "dataset": "train_dataset",
+    "eval_dataset": "validation_dataset",
+    "test_dataset": "in_distribution",
+    "betas": "optim_args",
+    "gamma": "optim_args",
+}
 
 
 @dataclass(frozen=True)
@@ -148,7 +162,7 @@ def training_arguments(words: Sequence[str]) -> MomentumTrainingArguments:
     if unknown:
         names = [field.name for field in dataclasses.fields(MomentumTrainingArguments) if field.init]
         flag = unknown[0].removeprefix("--").partition("=")[0].replace("-", "_")
-        raise InputError(f"unknown argument {unknown[0].partition('=')[0]!r}{nearest(flag, names)}")
+        raise InputError(f"unknown argument {unknown[0].partition('=')[0]!r}{_meant(flag, names)}")
     _check_training(arguments)
     return arguments
 
@@ -175,7 +189,7 @@ def load_recipe(config: str | None = None, overrides: Sequence[str] = (), others
     typed: list[str] = []
     for key, value in entries.items():
         if key not in fields:
-            raise InputError(f"{config}: unknown key {key!r}{nearest(key, fields)}")
+            raise InputError(f"{config}: unknown key {key!r}{_meant(key, fields)}")
         typed += _as_typed(config, fields[key], value)
     typed += list(overrides)
     try:
@@ -187,13 +201,18 @@ def load_recipe(config: str | None = None, overrides: Sequence[str] = (), others
         raise InputError(f"{where}{_one_line(error)}") from error
     if unknown:
         flag = unknown[0].removeprefix("--").partition("=")[0].replace("-", "_")
-        raise InputError(f"unknown argument {unknown[0].partition('=')[0]!r}{nearest(flag, [*others, *fields])}")
+        raise InputError(f"unknown argument {unknown[0].partition('=')[0]!r}{_meant(flag, [*others, *fields])}")
     given = {**words, **_overridden(overrides)}
     given.pop("resume_from_checkpoint", None)  # how this run came about, not what it is
     given.pop("hub_token", None)  # a recipe is written to files that others read
     recipe = Recipe(name, given, *arguments)
     _check(recipe)
     return recipe
+
+
+def _meant(name: str, fields: Iterable[str]) -> str:
+    """As `nearest`, for a field of a recipe."""
+    return f" (did you mean {_OUR_WORDS[name]!r}?)" if name in _OUR_WORDS else nearest(name, fields)
 
 
 def _read(config: str) -> tuple[str, dict[str, Any], dict[str, Any]]:

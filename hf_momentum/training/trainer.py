@@ -169,7 +169,8 @@ class MomentumMixin:
         checkpoint = find_checkpoint(resume_from_checkpoint or None, self.args.output_dir, speak)
         if checkpoint is not None and not self.args.save_only_model:
             name = str(getattr(self.args.optim, "value", self.args.optim))
-            check_checkpoint(checkpoint, name, self.args.world_size, self.accelerator.distributed_type.value)
+            launched = self.accelerator.distributed_type.value
+            check_checkpoint(checkpoint, name, self.args.world_size, launched, self.args.learning_rate)
         return super().train(checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
