@@ -300,6 +300,19 @@ def test_the_trainer_refuses_a_learning_rate_that_the_checkpoint_would_not_take(
         other.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"optim_args": "gamma=0.95"}, "continues with gamma=0.9, with which it was saved, not 0.95"),
+        ({"weight_decay": 0.3}, "continues with weight_decay=0.0, with which it was saved, not 0.3"),
+    ],
+    ids=["gamma", "weight_decay"],
+)
+def test_options_that_the_checkpoint_would_replace_are_refused(fields, told, folder):
+    with pytest.raises(InputError, match=told):
+        trainer(folder, **fields).train(resume_from_checkpoint=True)
+
+
 class Watch(TrainerCallback):
     """Looks into the run's folder at every save."""
 

@@ -7,8 +7,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_momentum.errors import InputError
-from hf_momentum.integrations.registry import OPTIMIZERS
+from hf_momentum.integrations.registry import OPTIMIZERS, OptimizerSpec
 from hf_momentum.optim import MomentumOptimizer
+from hf_momentum.optim.base import COMMON
 
 
 class WhatRunsCallback(TrainerCallback):
@@ -32,7 +33,8 @@ class WhatRunsCallback(TrainerCallback):
         """Print the line on the main process.
 
         Raises:
-            InputError: another optimizer runs than `--optim` named.
+            InputError: another optimizer runs than `--optim` named, or with other options, which the state of a
+                checkpoint brought along.
             UnsupportedLayoutError: the parameters lie in a way in which the optimizer would be wrong.
         """
         base, asked = base_optimizer(optimizer), str(getattr(args.optim, "value", args.optim))
@@ -42,10 +44,30 @@ class WhatRunsCallback(TrainerCallback):
                 'An "optimizer" block in a DeepSpeed JSON wins over --optim: remove it, or give it the type '
                 f"{OPTIMIZERS[asked].cls.__name__}"
             )
+        if asked in OPTIMIZERS and type(base) is OPTIMIZERS[asked].cls and state.global_step > 0:
+            _check_options(base, OPTIMIZERS[asked], args.weight_decay)
         if isinstance(base, MomentumOptimizer):
             line = f"hf-momentum: {describe(base)}"
             if state.is_world_process_zero:
                 print(line, file=sys.stderr, flush=True)
+
+
+def _check_options(optimizer: Any, spec: OptimizerSpec, weight_decay: float) -> None:
+    """Refuse a resumed run that asks for other options than the checkpoint's, which are those that hold."""
+    groups = optimizer.param_groups
+    theirs = {"lr", *COMMON}  # of the schedule; and COMMON stays as it was typed
+    if "momentum_schedule" in groups[0]:
+        theirs |= {"momentum", "betas"}
+    asked = {name: value for name, value in optimizer.defaults.items() if name in spec.arguments and name not in theirs}
+    if weight_decay > 0:  # in one group at least; somebody's own groups may have any where it was not asked for
+        asked["weight_decay"] = weight_decay
+    changed = {name: groups[0][name] for name, value in asked.items() if all(group[name] != value for group in groups)}
+    if changed:
+        name, value = next(iter(changed.items()))
+        raise InputError(
+            f"the checkpoint continues with {name}={value}, with which it was saved, not {asked[name]}; resume with "
+            "that, or train from the start"
+        )
 
 
 def describe(optimizer: MomentumOptimizer) -> str:
