@@ -14,6 +14,8 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from transformers import (
     AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -144,16 +146,23 @@ def test_batches_do_not_change_the_rows(language):
 
 
 def test_blocks_that_start_with_the_end_token_have_the_loss_that_training_reports(tiny, tmp_path):
-    """Where documents fill the blocks of a recipe exactly, the two ways to cut text are one."""
-    texts = ["", *("".join(chr(97 + (7 * i + j) % 26) for j in range(31)) for i in range(12))]
-    source = write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
-    words = tiny.words(tmp_path / "out", in_distribution=f"code={source}", must_not_forget=None)
+    """Where documents fill the blocks of a recipe exactly, the two ways to cut text are one.
+
+    The first document is a block by itself, so that all others start with the token that ends the one before.
+    """
+    first, *rest = "a" * 32, *("".join(chr(97 + (7 * i + j) % 26) for j in range(31)) for i in range(12))
+    blocks = write_rows(tmp_path / "blocks.jsonl", [{"text": text} for text in (first, *rest)])
+    documents = write_rows(tmp_path / "documents.jsonl", [{"text": text} for text in rest])
+    words = tiny.words(tmp_path / "out", in_distribution=f"code={blocks}", must_not_forget=None)
     report = job.train(load_recipe(None, words)).report
-    suite = suite_of(f"block_size: 32\nsplits: {{code: {{role: in_distribution, source: {source}}}}}")
+    suite = suite_of(f"block_size: 32\nsplits: {{code: {{role: in_distribution, source: {documents}}}}}")
     (measured,) = rows_of(tmp_path / "out", suite, batch_size=4)
     ours = measured.rows.sum(0)
     assert ours[1] == 12 * 31
-    assert ours[0] / ours[1] == pytest.approx(report.splits[0].after["loss"].value, rel=1e-5)
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")(first, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        alone = float(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids, labels=ids).loss)
+    assert (12 * ours[0] / ours[1] + alone) / 13 == pytest.approx(report.splits[0].after["loss"].value, rel=1e-5)
 
 
 def test_lm_eval_and_ours_agree_on_the_perplexity_of_the_same_text(language, tmp_path):
