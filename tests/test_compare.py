@@ -431,6 +431,7 @@ def test_the_command_trains_tunes_and_writes_the_report(words, tmp_path, capsys)
     assert main(["compare", *typed]) == 0
     printed = capsys.readouterr().out
     assert "tam against adamw_torch: " in printed and "tam against tam, frozen gate: " in printed
+    assert "2 test seeds are few" in (tmp_path / "out" / "report.md").read_text()
     report = ComparisonReport.from_json((tmp_path / "out" / "report.json").read_text())
     finished = [run for run in report.runs if run.status == "finished"]
     assert len(finished) == 12

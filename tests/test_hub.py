@@ -332,6 +332,9 @@ def test_adapters_on_a_model_of_this_machine_say_so(hub, adapters, capsys):
     assert main(["push", str(adapters), "me/adapters"]) == 0
     assert "push that too, and name it here with --base" in capsys.readouterr().out
     assert json.loads(hub.files("me/adapters")["adapter_config.json"])["base_model_name_or_path"] is None
+    assert hub.files("me/adapters")["README.md"].decode().count("that was not pushed with them") == 1
+    assert main(["push", str(adapters), "me/others", "--base", "me/base"]) == 0
+    assert "that was not pushed" not in hub.files("me/others")["README.md"].decode()
 
 
 def test_training_goes_on_from_a_pushed_checkpoint_to_the_same_weights(hub, run, tiny, tmp_path):

@@ -173,6 +173,14 @@ def _fairness(made: Plan, recipe: Recipe) -> list[str]:
         f"around "
         + ", ".join(f"{lr:g} ({method})" for method, lr in made.starts.items())
         + f", at most {made.most} runs each. Tests: {_seeds(made.seeds)}.",
+        *(
+            [
+                f"{len(made.seeds)} test seeds are few: the test then rests on differences being normal, and only a "
+                "large one can be found. The default is 5."
+            ]
+            if len(made.seeds) < 5
+            else []
+        ),
         "A seed decides the order of the data, what is random in the model, and which training examples are taken "
         "where the "
         "recipe limits their number. Test examples are the same for all.",

@@ -295,7 +295,17 @@ def _with_base(items: list[Item], base: str | None) -> tuple[list[Item], list[st
         elif item.kind == CARD:
             content = _card_with_base(item.content, base)
         changed.append(Item(item.kind, item.path, content))
+    if notes:  # who finds the repository has to know, too
+        cards = {number: _text(item.content).rstrip() for number, item in enumerate(changed) if item.kind == CARD}
+        for number, text in cards.items():
+            changed[number] = Item(CARD, changed[number].path, f"{text}\n\n{_NO_BASE}".encode())
     return changed, notes
+
+
+_NO_BASE = """## Base model
+
+The adapters sit on a model that was not pushed with them. Who loads them has to have it, and pass it as base model.
+"""
 
 
 def _card_with_base(content: Path | bytes, base: str | None) -> Path | bytes:
