@@ -387,6 +387,7 @@ def test_rows_that_trl_cannot_take_are_one_line(chatty, chats, pairs, tmp_path, 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.skipif(OLD_TRL, reason="TRL before its version 1 cuts pairs when it batches them, and drops none")
 @pytest.mark.parametrize("which", ["train_dataset", "in_distribution"])
 def test_a_length_that_leaves_no_answer_is_refused(chatty, pairs, tmp_path, which):
     long = json.loads(Path(pairs).read_text().splitlines()[0])
