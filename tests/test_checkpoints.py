@@ -8,9 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 
 from hf_momentum.errors import InputError
+from hf_momentum.integrations.what_runs import WhatRunsCallback
+from hf_momentum.optim import VRAdam
 from hf_momentum.training import MomentumTrainer, MomentumTrainingArguments
 from hf_momentum.training.checkpoints import (
     MANIFEST,
@@ -311,6 +321,16 @@ def test_the_trainer_refuses_a_learning_rate_that_the_checkpoint_would_not_take(
 def test_options_that_the_checkpoint_would_replace_are_refused(fields, told, folder):
     with pytest.raises(InputError, match=told):
         trainer(folder, **fields).train(resume_from_checkpoint=True)
+
+
+def test_a_momentum_that_a_schedule_moved_is_no_other_option(tmp_path):
+    optimizer = VRAdam([torch.nn.Parameter(torch.zeros(2))])
+    args, state = MomentumTrainingArguments(**arguments(tmp_path, optim="vradam")), TrainerState(global_step=2)
+    optimizer.param_groups[0]["betas"] = (0.5, 0.999)
+    WhatRunsCallback().on_train_begin(args, state, TrainerControl(), optimizer)
+    optimizer.param_groups[0]["betas"] = (0.5, 0.99)
+    with pytest.raises(InputError, match=r"continues with betas=\(0\.5, 0\.99\)"):
+        WhatRunsCallback().on_train_begin(args, state, TrainerControl(), optimizer)
 
 
 class Watch(TrainerCallback):

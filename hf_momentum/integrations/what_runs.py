@@ -1,6 +1,7 @@
 """One line at the start of training that says what really runs, and a stop where it is not what was asked for."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,15 +54,20 @@ class WhatRunsCallback(TrainerCallback):
 
 
 def _check_options(optimizer: Any, spec: OptimizerSpec, weight_decay: float) -> None:
-    """Refuse a resumed run that asks for other options than the checkpoint's, which are those that hold."""
+    """Refuse a resumed run that asks for other options than the checkpoint's, which are those that hold.
+
+    Not for momentum, nor the first beta: a schedule of ours or of torch's may have moved them, as it did the rate.
+    """
     groups = optimizer.param_groups
-    theirs = {"lr", *COMMON}  # of the schedule; and COMMON stays as it was typed
-    if "momentum_schedule" in groups[0]:
-        theirs |= {"momentum", "betas"}
+    theirs = {"lr", "momentum", *COMMON}  # COMMON stays as it was typed
     asked = {name: value for name, value in optimizer.defaults.items() if name in spec.arguments and name not in theirs}
     if weight_decay > 0:  # in one group at least; somebody's own groups may have any where it was not asked for
         asked["weight_decay"] = weight_decay
-    changed = {name: groups[0][name] for name, value in asked.items() if all(group[name] != value for group in groups)}
+
+    def differs(name: str, value: Any, group: Mapping[str, Any]) -> bool:
+        return bool(value[1:] != group[name][1:] if name == "betas" else value != group[name])
+
+    changed = {name: groups[0][name] for name, value in asked.items() if all(differs(name, value, g) for g in groups)}
     if changed:
         name, value = next(iter(changed.items()))
         raise InputError(
