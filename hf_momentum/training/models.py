@@ -95,9 +95,8 @@ def load_model(base: Base, model: ModelArguments, classes: Sequence[str]) -> Pre
     if model.task.endswith("classification"):
         names = dict(enumerate(classes))
         options |= {"id2label": names, "label2id": {name: index for index, name in names.items()}}
-        options["ignore_mismatched_sizes"] = (
-            True  # a head for other classes, as of ImageNet or SST-2, makes way for ours
-        )
+        # A head for other classes, as of ImageNet or SST-2, makes way for ours.
+        options["ignore_mismatched_sizes"] = True
     if not base.from_scratch:
         options["revision"] = model.model_revision
     if model.attn_implementation is not None:

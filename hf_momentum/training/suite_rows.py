@@ -69,8 +69,9 @@ def load_rows(split: SuiteSplit) -> datasets.Dataset:
         rows = rows.shuffle(seed=split.seed).select(range(split.max_examples))
     if split.task in CLASSIFIERS:
         _check_labelled(rows, split)
-    for column in () if split.task == "image_classification" else _columns(split)[:1]:
-        as_texts(rows[column], column, f"split {split.name!r}: {split.source}")
+    if split.task != "image_classification":
+        text = _columns(split)[0]
+        as_texts(rows[text], text, f"split {split.name!r}: {split.source}")
     if split.max_characters is not None and split.task in ("causal_lm", "sequence_classification"):
         column, most = split.text_column, split.max_characters
         rows = rows.map(lambda row: {column: str(row[column])[:most]}, desc=f"cutting {split.name}")
